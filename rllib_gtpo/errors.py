@@ -1,0 +1,35 @@
+"""One error per boundary.  Each message says what happened and how to mend it."""
+
+from __future__ import annotations
+
+
+class GTPOError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(GTPOError, ValueError):
+    """A setting is unknown, contradictory, or has no effect."""
+
+
+class DataError(GTPOError, ValueError):
+    """A dataset or task row is unusable; the message names the file and the row."""
+
+
+class ChatTemplateError(GTPOError, ValueError):
+    """A tokenizer's chat template cannot give exact incremental rendering."""
+
+
+class EnvironmentFault(GTPOError, RuntimeError):
+    """An environment is broken in a way that no single rollout can absorb."""
+
+
+class RewardError(GTPOError, ValueError):
+    """A reward function returned something that is not a set of finite named components."""
+
+
+class EngineError(GTPOError, RuntimeError):
+    """The rollout engine failed; the rollouts it held are lost."""
+
+
+class Interrupted(GTPOError):
+    """A stop was asked for in the middle of a long step; state is consistent and can be saved."""
