@@ -1,0 +1,5 @@
+"""Turn rewards."""
+
+from rllib_gtpo.rewards.rubric import Rubric
+
+__all__ = ["Rubric"]

@@ -1,0 +1,322 @@
+"""GTPO as an RLlib Algorithm: sample whole groups, update, sync."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.learner.training_data import TrainingData
+from ray.rllib.env.env_context import EnvContext
+from ray.rllib.utils.metrics import (
+    ENV_RUNNER_RESULTS,
+    LEARNER_RESULTS,
+    NUM_ENV_STEPS_SAMPLED_LIFETIME,
+)
+
+from rllib_gtpo.cold_start import (
+    ColdStart,
+    Demonstrations,
+    load_demonstrations,
+    run_cold_start,
+)
+from rllib_gtpo.config import GRPOConfig, GTPOConfig
+from rllib_gtpo.env_runner import GroupJob
+from rllib_gtpo.episodes import groups_of
+from rllib_gtpo.errors import DataError, EnvironmentFault
+from rllib_gtpo.metrics import rollout_metrics
+from rllib_gtpo.packing import shard_groups
+from rllib_gtpo.progress import Progress
+from rllib_gtpo.sampling import Sampled, sample_groups
+from rllib_gtpo.text_env import as_tool_env
+from rllib_gtpo.types import Group, StopReason
+
+_MAX_SKIPPED_FRAC = 10  # give up after this many times the wanted groups could not be used
+_STATE = "gtpo"
+
+
+@dataclass
+class ProgressMade:
+    """What a resumed run must know besides weights and optimizer."""
+
+    cold_start_steps: int = 0
+    cold_start_done: bool = False
+    next_position: int = 0  # in the endless stream of training tasks
+    tokens_lifetime: int = 0
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+
+
+class GTPO(Algorithm):
+    """Group Turn Policy Optimization."""
+
+    @classmethod
+    def get_default_config(cls) -> GTPOConfig:
+        """See Algorithm."""
+        return GTPOConfig()
+
+    def setup(self, config: Any) -> None:
+        """Builds runners and learners; the cold start waits for the first train() or evaluate()."""
+        self.progress_made = ProgressMade()
+        self._demonstrations: Demonstrations | None = None
+        self._stop_requested = False
+        super().setup(config)
+
+    @property
+    def cold_start(self) -> ColdStart | None:
+        """The cold start's settings, if there is one."""
+        return ColdStart.of(self.config.cold_start)
+
+    # One iteration.
+
+    def training_step(self) -> None:
+        """Sample groups, update the learners, sync the weights."""
+        self.run_cold_start_once()
+        began = time.perf_counter()
+        groups, episodes = self._sample_groups()
+        sampled = time.perf_counter()
+        self._update_learners(episodes, groups)
+        updated = time.perf_counter()
+        self.sync_weights()
+        synced = time.perf_counter()
+        tokens = sum(t.num_trained_tokens for g in groups for t in g.trajectories)
+        self.progress_made.tokens_lifetime += tokens
+        self.log_metrics(
+            {
+                **rollout_metrics(groups),
+                "time/rollout_s": sampled - began,
+                "time/update_s": updated - sampled,
+                "time/sync_s": synced - updated,
+                "tokens/sampled": float(tokens),
+                "tokens/sampled_lifetime": float(self.progress_made.tokens_lifetime),
+                "tokens/sampled_per_s": tokens / (sampled - began),
+                "tokens/per_s": tokens / (synced - began),
+            }
+        )
+        if self._stop_requested:
+            self._stop_requested = False
+
+    def _sample_groups(self) -> tuple[list[Group], list[Any]]:
+        """The next `groups_per_step` usable groups; unusable tasks are replaced by the next ones."""
+        wanted = self.config.groups_per_step
+        episodes: list[Any] = []
+        skipped: dict[int, str] = {}
+        lost = 0
+        found = 0
+        with Progress(
+            "rollouts", wanted * self.config.group_size, enabled=self.config.progress
+        ) as bar:
+            while found < wanted:
+                sampled = self._sample_next(wanted - found, bar)
+                episodes += sampled.episodes
+                found = len(episodes) // self.config.group_size
+                skipped.update(sampled.skipped)
+                lost += sampled.lost_groups
+                if len(skipped) > _MAX_SKIPPED_FRAC * wanted:
+                    raise DataError(f"no usable tasks; the last: {list(skipped.values())[-1]}")
+        groups = groups_of(episodes)
+        _refuse_broken_environment(groups)
+        self.log_metrics(
+            {"group/skipped": float(len(skipped)), "group/lost_and_resampled": float(lost)}
+        )
+        return groups, episodes
+
+    def _sample_next(self, count: int, bar: Progress) -> Sampled:
+        first = self.progress_made.next_position
+        self.progress_made.next_position += count
+        jobs = [
+            GroupJob(position, self.config.group_size, self.iteration)
+            for position in range(first, first + count)
+        ]
+        sampled = sample_groups(
+            self.env_runner_group,
+            jobs,
+            restore=lambda: self.restore_env_runners(self.env_runner_group),
+            on_trajectory=bar.step,
+        )
+        self.metrics.aggregate(sampled.runner_metrics, key=ENV_RUNNER_RESULTS)
+        return sampled
+
+    def _update_learners(self, episodes: list[Any], groups: list[Group]) -> None:
+        """Whole groups to each learner, balanced by tokens."""
+        timesteps = {
+            NUM_ENV_STEPS_SAMPLED_LIFETIME: self.metrics.peek(
+                (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0
+            )
+        }
+        steps = self.config.epochs * self.config.mini_batches
+        with Progress("update", steps, enabled=self.config.progress) as bar:
+            if self.learner_group.is_local:
+                data = TrainingData(episodes=episodes)
+                results = self.learner_group.update(
+                    training_data=data, timesteps=timesteps, on_step=lambda done, total: bar.step()
+                )
+            else:
+                refs = [ray.put(shard) for shard in self._shards(episodes, groups)]
+                results = self.learner_group.update(episodes_refs=refs, timesteps=timesteps)
+                bar.step(steps)
+        self.metrics.aggregate(results, key=LEARNER_RESULTS)
+        self._log_learner_metrics()
+
+    def _shards(self, episodes: list[Any], groups: list[Group]) -> list[list[Any]]:
+        by_group: dict[int, list[Any]] = {}
+        for group, episode in zip(
+            (g.id for g in groups for _ in g.trajectories), episodes, strict=True
+        ):
+            by_group.setdefault(group, []).append(episode)
+        shards = shard_groups(groups, self.config.num_learners)
+        return [[e for group in shard for e in by_group[group.id]] for shard in shards]
+
+    def _log_learner_metrics(self) -> None:
+        """The learners' own numbers under names of their own, beside RLlib's nested ones."""
+        report = self.metrics.peek((LEARNER_RESULTS, DEFAULT_MODULE_ID), default={})
+        for name in ("loss", "policy", "mismatch", "clip", "ratio", "grad", "group", "advantage"):
+            if name in report:
+                for path, value in _leaves(report[name], (name,)):
+                    self.metrics.log_value(path, value, window=1)
+
+    def sync_weights(self) -> None:
+        """Learners -> rollout workers."""
+        self.env_runner_group.sync_weights(
+            from_worker_or_learner_group=self.learner_group,
+            inference_only=True,
+            timeout_seconds=None,
+        )
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        """Logs numbers under their slash names, each iteration for itself."""
+        for name, value in metrics.items():
+            self.metrics.log_value(tuple(name.split("/")), value, window=1)
+
+    # Cold start and evaluation.
+
+    def run_cold_start_once(self) -> None:
+        """Supervised training before the first RL step, unless a checkpoint has it behind it."""
+        made = self.progress_made
+        start = self.cold_start
+        if start is None or made.cold_start_done:
+            return
+
+        def on_step(done: int) -> None:
+            made.cold_start_steps = done
+
+        began = time.perf_counter()
+        metrics = run_cold_start(
+            self, start, made.cold_start_steps, on_step, self.stop_requested
+        )
+        made.cold_start_done = True
+        self._demonstrations = None
+        self.sync_weights()
+        print(
+            f"cold start: {start.steps} steps, loss {metrics['loss']:.4f}, held-out demonstrations "
+            f"{metrics['validation_loss']:.4f}, {time.perf_counter() - began:.0f}s",
+            flush=True,
+        )
+
+    def load_demonstrations(self, start: ColdStart) -> Demonstrations:
+        """The cold start's data, read once."""
+        if self._demonstrations is None:
+            env = as_tool_env(self.env_creator(EnvContext(self.config.env_config, worker_index=0)))
+            self._demonstrations = load_demonstrations(
+                start,
+                env,
+                self.config.build_codec(),
+                self.config.seed or 0,
+                self.config.max_tokens or 2**31,
+            )
+        return self._demonstrations
+
+    def evaluate(self, parallel_train_future: Any = None) -> Any:
+        """RLlib's evaluation, after the cold start."""
+        self.run_cold_start_once()
+        return super().evaluate(parallel_train_future)
+
+    # Hooks of the run loop.
+
+    def request_stop(self) -> None:
+        """Asks for an end at the next safe point: between cold-start steps, or after the iteration."""
+        self._stop_requested = True
+
+    def stop_requested(self) -> bool:
+        """Whether somebody asked for an end."""
+        return self._stop_requested
+
+    def on_run_start(self) -> None:
+        """Cold start, then the accuracy that training starts from."""
+        self.run_cold_start_once()
+        if self.config.evaluation_interval and self.progress_made.accuracy_before is None:
+            self.progress_made.accuracy_before = self.evaluate()["accuracy"]
+            print(f"held-out accuracy before RL: {self.progress_made.accuracy_before:.3f}", flush=True)
+
+    def on_run_end(self) -> None:
+        """The accuracy that training ends with."""
+        if self.config.evaluation_interval:
+            self.progress_made.accuracy_after = self.evaluate()["accuracy"]
+
+    @property
+    def held_out_accuracy(self) -> tuple[float, float] | None:
+        """Accuracy on the evaluation split before and after training, once both are known."""
+        made = self.progress_made
+        if made.accuracy_before is None or made.accuracy_after is None:
+            return None
+        return made.accuracy_before, made.accuracy_after
+
+    @staticmethod
+    def summary_line(result: dict[str, Any]) -> str:
+        """One line an iteration."""
+        rewards = " ".join(f"{k} {v:+.3f}" for k, v in result["reward"].items())
+        times = " ".join(f"{k.removesuffix('_s')} {v:.1f}s" for k, v in result["time"].items() if k.endswith("_s"))
+        line = (
+            f"iter {result['training_iteration']:3d}  acc {result['accuracy']:.3f}  reward: {rewards}  "
+            f"turns {result['turn']['per_trajectory']:.2f}  tool err {result['tool']['error_rate']:.3f} "
+            f"invalid {result['tool']['invalid_rate']:.3f}  no-signal {result['group']['zero_std_frac']:.2f}  "
+            f"kl {result['mismatch']['kl']:.1e}  ent {result['policy']['entropy']:.3f}  "
+            f"{result['tokens']['per_s']:.0f} tok/s  {times}"
+        )
+        evaluation = result.get("evaluation", {})
+        return line + (f"  held-out {evaluation['accuracy']:.3f}" if "accuracy" in evaluation else "")
+
+    # State.
+
+    def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> Any:
+        """RLlib's state and our own progress."""
+        state = super().get_state(components, not_components=not_components, **kwargs)
+        state[_STATE] = asdict(self.progress_made)
+        return state
+
+    def set_state(self, state: Any) -> None:
+        """See `get_state`."""
+        super().set_state(state)
+        if _STATE in state:
+            self.progress_made = ProgressMade(**state[_STATE])
+
+
+class GRPO(GTPO):
+    """GTPO's machinery with GRPO's credit: a preset."""
+
+    @classmethod
+    def get_default_config(cls) -> GRPOConfig:
+        """See Algorithm."""
+        return GRPOConfig()
+
+
+def _refuse_broken_environment(groups: list[Group]) -> None:
+    """One broken rollout is data; an environment that breaks most of them is a bug to be told."""
+    trajectories = [t for g in groups for t in g.trajectories]
+    broken = [
+        t for t in trajectories if t.stop_reason in (StopReason.ENV_ERROR, StopReason.ENV_TIMEOUT)
+    ]
+    if 2 * len(broken) > len(trajectories):
+        raise EnvironmentFault(
+            f"{len(broken)} of {len(trajectories)} rollouts ended in an error of the environment. The "
+            f"first: {broken[0].error}"
+        )
+
+
+def _leaves(tree: Any, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], float]]:
+    if isinstance(tree, dict):
+        return [leaf for key, value in tree.items() for leaf in _leaves(value, (*path, key))]
+    return [(path, float(tree))]

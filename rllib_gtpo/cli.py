@@ -1,0 +1,151 @@
+"""The `rllib` command: arguments and dispatch.  Ray is imported only by what needs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXIT_CODES = """\
+exit codes:
+  0  done            1  failed while training     2  bad input (file, option, setting)
+  3  the last checkpoint could not be saved     130, 143  interrupted (Ctrl-C, SIGTERM)
+  141  the reader of the output went away
+"""
+
+TRAIN_EXAMPLES = """\
+examples:
+  rllib train file tuned_examples/ppo_cartpole.yaml
+  rllib train file task.py --stop training_iteration=50 --override lr=1e-4
+  rllib train file task.py --override env_config.max_ops=4 --out runs/four
+  rllib train file task.py --resume runs/four
+
+The first Ctrl-C finishes the step and saves; the second quits at once.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="rllib",
+        description="Train any RLlib algorithm, and LLM tool agents with GTPO.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the versions and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    train = commands.add_parser("train", help="train an algorithm")
+    sources = train.add_subparsers(dest="source", metavar="file", required=True)
+    _add_train_file(sources)
+    example = commands.add_parser("example", help="tuned examples")
+    actions = example.add_subparsers(dest="action", metavar="list", required=True)
+    actions.add_parser("list", help="list the tuned examples").set_defaults(run=_example_list)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        return _version()
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 2
+    from rllib_gtpo.failures import guarded
+
+    return guarded(lambda: int(args.run(args)), debug=getattr(args, "debug", False))
+
+
+def _add_train_file(sources: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = sources.add_parser(
+        "file",
+        help="train what a .py or .yaml file describes",
+        description="Train what FILE describes: a .py with `config` and optionally `stop`, or a "
+        ".yaml with {name: {run, env, config, stop}}.",
+        epilog=TRAIN_EXAMPLES + "\n" + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="stop when a metric is at least VALUE; a/b and a.b name nested ones (repeatable)",
+    )
+    add(
+        "--override",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting, also a nested one: env_config.max_ops=4 (repeatable)",
+    )
+    add(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="continue a run directory, or one checkpoint in it, with its options",
+    )
+    add(
+        "--checkpoint-freq",
+        type=_count,
+        metavar="N",
+        help="iterations between checkpoints (default: the file's, else 10; 0: only at the end)",
+    )
+    add("--keep", type=_count, default=2, metavar="N", help="checkpoints to keep (default: 2)")
+    add("--out", type=Path, metavar="DIR", help="run directory (default: runs/NAME_DATE-TIME)")
+    add("--num-cpus", type=_count, metavar="N", help="CPUs that Ray may count on (default: all)")
+    add("--ray-address", metavar="ADDRESS", help="connect to a running Ray cluster")
+    add("--debug", action="store_true", help="show all messages, and tracebacks of bad input")
+    parser.set_defaults(run=_train_file)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+_count.__name__ = "number"  # argparse names the type in its messages
+
+
+def _train_file(args: argparse.Namespace) -> int:
+    from rllib_gtpo.run import RunOptions, train_file
+
+    options = RunOptions(
+        stop=args.stop,
+        override=args.override,
+        resume=args.resume,
+        checkpoint_freq=args.checkpoint_freq,
+        keep=args.keep,
+        out=args.out,
+        num_cpus=args.num_cpus,
+        ray_address=args.ray_address,
+        debug=args.debug,
+    )
+    return train_file(args.file, options)
+
+
+def _example_list(_args: argparse.Namespace) -> int:
+    from rllib_gtpo.examples import list_examples
+
+    return list_examples()
+
+
+def _version() -> int:
+    from importlib import metadata
+
+    for package in ("rllib-gtpo", "ray", "torch", "transformers"):
+        try:
+            print(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package} not installed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""Cold start: supervised training on demonstrations.
+
+The same module, learner, packing and token streams as RL: a demonstration is built from the prompts and
+deltas that rollouts are built from, and only what the assistant wrote is trained.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rllib_gtpo.chat import ChatCodec
+from rllib_gtpo.env import ToolEnv
+from rllib_gtpo.errors import ConfigError, DataError, Interrupted
+from rllib_gtpo.packing import NOT_TRAINED, TokenSequence
+from rllib_gtpo.progress import Progress
+from rllib_gtpo.types import Message
+
+_VALIDATION = 64  # demonstrations held out for the validation loss, at most a tenth of all
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """Settings of supervised training.
+
+    data: "expert" (the environment's `expert(task)` on training tasks) or a JSON-lines file of
+        {"messages": [...]}.
+    steps, batch_size: optimizer steps, demonstrations per step.
+    lr: peak learning rate, after `warmup` (a fraction of the steps), decaying linearly to `final_lr_frac`.
+    demonstrations: most demonstrations to draw from the data.
+    """
+
+    data: str = "expert"
+    steps: int = 500
+    batch_size: int = 48
+    lr: float = 1e-3
+    warmup: float = 0.05
+    final_lr_frac: float = 0.05
+    grad_clip: float = 1.0
+    demonstrations: int = 20_000
+
+    @staticmethod
+    def of(settings: dict[str, Any] | None) -> ColdStart | None:
+        """From a config's dict; unknown keys and impossible values raise ConfigError."""
+        if settings is None:
+            return None
+        known = [f.name for f in fields(ColdStart)]
+        for key in settings:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; use {', '.join(known)}"
+                raise ConfigError(f"cold_start has an unknown key {key!r}{hint}")
+        start = ColdStart(**settings)
+        for name in ("steps", "batch_size", "demonstrations"):
+            if not isinstance(getattr(start, name), int) or getattr(start, name) < 1:
+                raise ConfigError(f"cold_start.{name}={getattr(start, name)!r}: at least 1.")
+        if not start.lr > 0.0:
+            raise ConfigError(f"cold_start.lr={start.lr!r}: must be above 0.")
+        return start
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then linear decay."""
+        warm = max(1, round(self.warmup * self.steps))
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        left = (self.steps - step) / max(1, self.steps - warm)
+        return self.lr * (self.final_lr_frac + (1.0 - self.final_lr_frac) * left)
+
+
+class Demonstrations:
+    """Token sequences in an endless order that is a function of the seed and the position alone."""
+
+    def __init__(self, sequences: Sequence[TokenSequence], seed: int) -> None:
+        held_out = min(_VALIDATION, len(sequences) // 10)
+        self.validation = list(sequences[:held_out])
+        self._train = list(sequences[held_out:])
+        self._seed = seed
+        self._orders: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._train)
+
+    def batch(self, step: int, size: int) -> list[TokenSequence]:
+        """The demonstrations of a step."""
+        return [self._at(position) for position in range(step * size, (step + 1) * size)]
+
+    def _at(self, position: int) -> TokenSequence:
+        epoch, index = divmod(position, len(self._train))
+        if epoch not in self._orders:
+            order = list(range(len(self._train)))
+            random.Random(f"{self._seed}-{epoch}").shuffle(order)
+            self._orders = {epoch: order}
+        return self._train[self._orders[epoch][index]]
+
+
+def load_demonstrations(
+    start: ColdStart, env: ToolEnv, codec: ChatCodec, seed: int, max_context: int
+) -> Demonstrations:
+    """Reads and encodes the demonstrations; every error names the row."""
+    source = _expert(env) if start.data == "expert" else _file(Path(start.data))
+    sequences = []
+    too_long = 0
+    for where, prompt, demonstration, tools in itertools.islice(source, start.demonstrations):
+        if not any(m["role"] == "assistant" for m in demonstration):
+            raise DataError(f"{where}: has no assistant message, so there is nothing to learn from.")
+        ids, trained = codec.conversation_ids(prompt, demonstration, tools)
+        if len(ids) > max_context:
+            too_long += 1
+            continue
+        turns = [0 if t else NOT_TRAINED for t in trained]
+        sequences.append(TokenSequence(ids, turns, [0.0] * len(ids)))
+    if not sequences:
+        why = (
+            f"all {too_long} are longer than the context of {max_context} tokens"
+            if too_long
+            else "override expert(self, task), or set cold_start.data to a JSON-lines file"
+        )
+        raise DataError(f"cold_start: no demonstrations in {start.data!r}: {why}.")
+    if too_long:
+        print(f"cold start: left out {too_long} demonstrations longer than {max_context} tokens")
+    return Demonstrations(sequences, seed)
+
+
+_Source = Iterator[tuple[str, list[Message], list[Message], list[dict[str, Any]]]]
+
+
+def _expert(env: ToolEnv) -> _Source:
+    for number, task in enumerate(env.tasks("train"), start=1):
+        prompt = env.first_messages(task)
+        for demonstration in env.expert(task):
+            yield f"expert, task {number}", prompt, demonstration, env.tool_schemas
+
+
+def _file(path: Path) -> _Source:
+    if not path.is_file():
+        raise DataError(f"cold_start.data={str(path)!r}: no such file (or write 'expert').")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}, row {number}"
+            try:
+                messages = json.loads(line)["messages"]
+                roles = [m["role"] for m in messages]
+                [m["content"] for m in messages]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f'{where}: expected {{"messages": [{{"role": ..., "content": ...}}]}}: {error!r}'
+                ) from error
+            first = roles.index("assistant") if "assistant" in roles else len(roles)
+            yield where, messages[:first], messages[first:], []
+
+
+def supervise(
+    learner_group: Any,
+    data: Demonstrations,
+    start: ColdStart,
+    steps: Iterable[int],
+    *,
+    after_step: Callable[[int, float], None] = lambda step, loss: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Runs the given steps; asks `stop` between them, and then raises Interrupted."""
+    for step in steps:
+        batch = data.batch(step, start.batch_size)
+        losses = call_learners(
+            learner_group, "supervised_step", batch, start.lr_at(step), start.grad_clip
+        )
+        after_step(step, losses[0])
+        if stop():
+            raise Interrupted(f"stopped after step {step + 1} of the cold start")
+
+
+def validation_loss(learner_group: Any, data: Demonstrations) -> float:
+    """Next-token loss on demonstrations that were held out; NaN if there are none."""
+    if not data.validation:
+        return math.nan
+    loss: float = call_learners(learner_group, "supervised_loss", data.validation)[0]
+    return loss
+
+
+def call_learners(learner_group: Any, method: str, *args: Any) -> list[Any]:
+    """Calls a method on every learner at once, and raises what any of them raised."""
+    results = learner_group.foreach_learner(lambda learner: getattr(learner, method)(*args))
+    for result in results:
+        if not result.ok:
+            raise result.get()
+    return [result.get() for result in results]
+
+
+def run_cold_start(
+    algorithm: Any, start: ColdStart, done: int, on_step: Callable[[int], None], stop: Callable[[], bool]
+) -> dict[str, float]:
+    """The cold start of a GTPO run from step `done` on; returns its metrics."""
+    config = algorithm.config
+    data = algorithm.load_demonstrations(start)
+    last = {"loss": math.nan}
+    with Progress("cold start", start.steps, start=done, enabled=config.progress) as bar:
+
+        def after_step(step: int, loss: float) -> None:
+            last["loss"] = loss
+            on_step(step + 1)
+            bar.step(note=f"loss {loss:.3f}")
+
+        supervise(
+            algorithm.learner_group,
+            data,
+            start,
+            range(done, start.steps),
+            after_step=after_step,
+            stop=stop,
+        )
+    metrics = {"loss": last["loss"], "validation_loss": validation_loss(algorithm.learner_group, data)}
+    call_learners(algorithm.learner_group, "end_supervision")
+    return metrics
+

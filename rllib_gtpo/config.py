@@ -1,0 +1,519 @@
+"""Every setting, by its one name: fluent calls in Python, the same keys flat in YAML and overrides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+
+from rllib_gtpo.chat import CallFormat, ChatCodec, call_format
+from rllib_gtpo.cold_start import ColdStart
+from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.models import TINY_QWEN2, load_tokenizer
+from rllib_gtpo.ops.advantages import ESTIMATORS
+from rllib_gtpo.ops.losses import Objective
+from rllib_gtpo.rewards.rubric import Rubric
+
+# RLlib's own attribute `model` is a dict of the old stack; ours is kept under another name.
+_ATTRIBUTE = {
+    "model": "language_model_source",
+    "split": "evaluation_split",
+    "samples_per_task": "evaluation_samples_per_task",
+}
+_UNIFORM = ("keep", "drop_solved", "drop")
+_ENGINES = ("hf",)
+_OPTIMIZER_DEFAULT = {"name": "AdamW", "weight_decay": 0.0}
+
+
+class GTPOConfig(AlgorithmConfig):
+    """Configuration of GTPO.
+
+    Example:
+        config = (
+            GTPOConfig()
+            .environment(Handbook)
+            .language_model(model="Qwen/Qwen2.5-0.5B-Instruct")
+            .training(lr=1e-6, group_size=8, groups_per_step=16)
+        )
+    """
+
+    ALGORITHM: ClassVar[str] = "GTPO"
+    ESTIMATOR: ClassVar[str] = "gtpo"
+
+    def __init__(self, algo_class: Any = None) -> None:
+        super().__init__(algo_class=algo_class or self._algorithm_class())
+        # language_model
+        self.language_model_source: Any = dict(TINY_QWEN2)
+        self.tokenizer: Any = None
+        self.chat_template: str | None = None
+        self.dtype = "float32"
+        self.call_format = "hermes"
+        self.cold_start: dict[str, Any] | None = None
+        # rollouts
+        self.engine = "hf"
+        self.engine_config: dict[str, Any] = {}
+        self.temperature = 1.0
+        self.top_p = 1.0
+        self.max_turns: int | None = None
+        self.max_turn_tokens = 512
+        self.max_tokens: int | None = None
+        self.max_concurrency = 256
+        # training
+        self.lr = 1e-6
+        self.gamma = 0.9
+        self.grad_clip = 1.0
+        self.group_size = 8
+        self.groups_per_step = 16
+        self.estimator = self.ESTIMATOR
+        self.estimator_options: dict[str, Any] = {}
+        self.uniform_groups = "keep"
+        for name in _objective_names():
+            setattr(self, name, getattr(Objective(), name))
+        self.mini_batches = 1
+        self.epochs = 1
+        self.token_budget = 16_384
+        self.optimizer = dict(_OPTIMIZER_DEFAULT)
+        # rewards
+        self.format_penalty = 0.1
+        self.penalize_tool_errors = 0.0
+        # evaluation
+        self.evaluation_split = "validation"
+        self.evaluation_samples_per_task = 1
+        self.evaluation_temperature = 1.0
+        # reporting, debugging
+        self.progress = True
+        self.deterministic = False
+        self._rllib_defaults()
+
+    @classmethod
+    def _algorithm_class(cls) -> Any:
+        from rllib_gtpo.algorithm import GTPO
+
+        return GTPO
+
+    def _rllib_defaults(self) -> None:
+        """RLlib settings whose stock values do not fit whole-group text rollouts."""
+        from rllib_gtpo.env_runner import GTPOEnvRunner
+        from rllib_gtpo.evaluation import evaluate_split
+
+        self.framework_str = "torch"
+        self.env_runner_cls = GTPOEnvRunner
+        self.num_env_runners = 0
+        self.create_local_env_runner = True
+        self.batch_mode = "complete_episodes"
+        self.sample_timeout_s = None
+        self.episodes_to_numpy = False
+        self.merge_env_runner_states = False
+        self.broadcast_env_runner_states = False
+        self.add_default_connectors_to_env_to_module_pipeline = False
+        self.add_default_connectors_to_module_to_env_pipeline = False
+        self.add_default_connectors_to_learner_pipeline = False
+        self.restart_failed_env_runners = True
+        self.log_gradients = False
+        self.custom_evaluation_function = evaluate_split
+        self.evaluation_duration = 256
+        self.evaluation_duration_unit = "episodes"
+
+    # Fluent calls.
+
+    def language_model(
+        self,
+        *,
+        model: Any = NotProvided,
+        tokenizer: Any = NotProvided,
+        chat_template: str | None = NotProvided,
+        dtype: str = NotProvided,
+        call_format: str = NotProvided,
+        cold_start: dict[str, Any] | None = NotProvided,
+    ) -> GTPOConfig:
+        """The policy.
+
+        Args:
+            model: A directory, a hub id, or a dict with which a model is made from scratch.
+            tokenizer: The same for the tokenizer; None takes the model's.
+            chat_template: Text or file of a template, in place of the tokenizer's.
+            dtype: "float32" or "bfloat16".
+            call_format: How the policy writes tool calls: "hermes" or "fenced".
+            cold_start: Supervised training before RL: {"data": "expert" or a path, "steps", "batch_size",
+                "lr", ...}; see rllib_gtpo.cold_start.ColdStart.
+        """
+        return self._set(
+            model=model,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            dtype=dtype,
+            call_format=call_format,
+            cold_start=cold_start,
+        )
+
+    def rollouts(
+        self,
+        *,
+        engine: str = NotProvided,
+        engine_config: dict[str, Any] = NotProvided,
+        temperature: float = NotProvided,
+        top_p: float = NotProvided,
+        max_turns: int | None = NotProvided,
+        max_turn_tokens: int = NotProvided,
+        max_tokens: int | None = NotProvided,
+        max_concurrency: int = NotProvided,
+    ) -> GTPOConfig:
+        """How trajectories are sampled.
+
+        Args:
+            engine: "hf", in process.
+            engine_config: Keyword arguments of the engine.
+            temperature: Of sampling, and of the log-probabilities that are trained.
+            top_p: Nucleus sampling; below 1 the sampler is no longer the policy, see the docs.
+            max_turns: Most turns of a trajectory; None leaves it to the environment.
+            max_turn_tokens: Most tokens of one turn.
+            max_tokens: Most tokens of a trajectory, prompt and tool output included; None: the model's.
+            max_concurrency: Trajectories in flight per env runner.
+        """
+        return self._set(
+            engine=engine,
+            engine_config=engine_config,
+            temperature=temperature,
+            top_p=top_p,
+            max_turns=max_turns,
+            max_turn_tokens=max_turn_tokens,
+            max_tokens=max_tokens,
+            max_concurrency=max_concurrency,
+        )
+
+    def training(
+        self,
+        *,
+        group_size: int = NotProvided,
+        groups_per_step: int = NotProvided,
+        estimator: str = NotProvided,
+        estimator_options: dict[str, Any] = NotProvided,
+        uniform_groups: str = NotProvided,
+        clip_low: float = NotProvided,
+        clip_high: float = NotProvided,
+        dual_clip: float | None = NotProvided,
+        kl_coeff: float = NotProvided,
+        kl_estimator: str = NotProvided,
+        aggregation: str = NotProvided,
+        constant: float | None = NotProvided,
+        ratio_level: str = NotProvided,
+        importance_sampling: str = NotProvided,
+        importance_cap: float = NotProvided,
+        entropy_coeff: float = NotProvided,
+        mini_batches: int = NotProvided,
+        epochs: int = NotProvided,
+        token_budget: int = NotProvided,
+        optimizer: dict[str, Any] = NotProvided,
+        **kwargs: Any,
+    ) -> GTPOConfig:
+        """Credit, objective and optimisation; `lr`, `gamma`, `grad_clip` are RLlib's.
+
+        Args:
+            group_size: Trajectories of one prompt.
+            groups_per_step: Prompts of one iteration.
+            estimator: Who gets credit: "gtpo", "grpo", "grpo_sum", ... (rllib_gtpo.ops.advantages).
+            estimator_options: Its options, e.g. {"normalize": "group"}.
+            uniform_groups: "keep" all groups, "drop_solved" ones, or "drop" all without a contrast.
+            clip_low, clip_high, dual_clip, kl_coeff, kl_estimator, aggregation, constant, ratio_level,
+                importance_sampling, importance_cap, entropy_coeff: See rllib_gtpo.ops.losses.Objective.
+            mini_batches: Optimizer steps per pass over an iteration's groups.
+            epochs: Passes over an iteration's groups.
+            token_budget: Tokens of a micro-batch, padding included; memory, not the result.
+            optimizer: {"name": a class of torch.optim, ...its keyword arguments}.
+        """
+        super().training(**kwargs)
+        given = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
+        return self._set(**given)
+
+    def rewards(
+        self,
+        *,
+        format_penalty: float = NotProvided,
+        penalize_tool_errors: float = NotProvided,
+    ) -> GTPOConfig:
+        """Reward components besides the environment's; see rllib_gtpo.rewards.Rubric."""
+        return self._set(format_penalty=format_penalty, penalize_tool_errors=penalize_tool_errors)
+
+    def evaluation(
+        self,
+        *,
+        split: str = NotProvided,
+        samples_per_task: int = NotProvided,
+        temperature: float = NotProvided,
+        **kwargs: Any,
+    ) -> GTPOConfig:
+        """RLlib's evaluation settings, and what to evaluate on.
+
+        Args:
+            split: The environment's split.  `evaluation_duration` counts trajectories.
+            samples_per_task: Trajectories per task.
+            temperature: Of sampling during evaluation.
+            **kwargs: RLlib's `evaluation_interval`, `evaluation_duration`, ...
+        """
+        own = {
+            name: kwargs.pop(f"evaluation_{name}", value)
+            for name, value in (
+                ("split", split),
+                ("samples_per_task", samples_per_task),
+                ("temperature", temperature),
+            )
+        }
+        super().evaluation(**kwargs)
+        return self._set(**{f"evaluation_{name}": value for name, value in own.items()})
+
+    def reporting(self, *, progress: bool = NotProvided, **kwargs: Any) -> GTPOConfig:
+        """RLlib's reporting settings, and whether to draw progress bars."""
+        super().reporting(**kwargs)
+        return self._set(progress=progress)
+
+    def debugging(self, *, deterministic: bool = NotProvided, **kwargs: Any) -> GTPOConfig:
+        """RLlib's `seed` and more.
+
+        Args:
+            deterministic: Engine and tools step in a fixed order, so that tokens, rewards and metrics
+                (times aside) repeat exactly under one seed.  Slower where tools are slow.
+            **kwargs: RLlib's.
+        """
+        super().debugging(**kwargs)
+        return self._set(deterministic=deterministic)
+
+    def _set(self, **settings: Any) -> GTPOConfig:
+        for name, value in settings.items():
+            if value is not NotProvided:
+                setattr(self, _ATTRIBUTE.get(name, name), value)
+        return self
+
+    # Dicts, YAML, overrides.
+
+    def update_from_dict(self, config_dict: Mapping[str, Any]) -> GTPOConfig:
+        """RLlib's, but an unknown key is an error that names the nearest valid one."""
+        known = self.setting_names()
+        translated: dict[str, Any] = {}
+        for key, value in config_dict.items():
+            if key == "model" and isinstance(value, Mapping) and "fcnet_hiddens" in value:
+                continue  # RLlib's old-stack attribute, from a config that was turned into a dict
+            if key == "model_config":
+                raise ConfigError("model_config is set by language_model(); use model, dtype, ... instead.")
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"unknown setting {key!r}{hint}")
+            if key == "env_config" and isinstance(value, Mapping):
+                value = {**self.env_config, **value}
+            translated[_ATTRIBUTE.get(key, key)] = value
+        optimizer = translated.pop("optimizer", None)
+        super().update_from_dict(translated)
+        if optimizer is not None:
+            self.optimizer = dict(optimizer)
+        return self
+
+    def setting_names(self) -> set[str]:
+        """Every key that `update_from_dict` takes."""
+        return {k for k in vars(self) if k != "_is_frozen"} | set(_ATTRIBUTE) | {
+            "__trial_info__",
+            "num_workers",
+            "disable_env_checking",
+        }
+
+    # What the settings make.
+
+    def build_codec(self) -> ChatCodec:
+        """Tokenizer, template and call format."""
+        source = self.tokenizer if self.tokenizer is not None else self.language_model_source
+        return ChatCodec(load_tokenizer(source, chat_template=self.chat_template), self.call_format)
+
+    def build_call_format(self) -> CallFormat:
+        """The call format that environments parse text with."""
+        return call_format(self.call_format)
+
+    def build_rubric(self) -> Rubric:
+        """Reward components besides the environment's."""
+        return Rubric(self.format_penalty, self.penalize_tool_errors)
+
+    def build_objective(self) -> Objective:
+        """The loss."""
+        return Objective(**{name: getattr(self, name) for name in _objective_names()})
+
+    def build_optimizer(self, parameters: Any) -> Any:
+        """The torch optimizer over `parameters`; `lr` is set by RLlib's schedule."""
+        import torch
+
+        options = dict(self.optimizer)
+        optimizer_class = getattr(torch.optim, options.pop("name", "AdamW"))
+        return optimizer_class(parameters, **{"lr": 1e-3, **options})
+
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        """See AlgorithmConfig."""
+        from rllib_gtpo.rl_module import LLMModule
+
+        return RLModuleSpec(
+            module_class=LLMModule,
+            model_config={
+                "model": self.language_model_source,
+                "tokenizer": self.tokenizer,
+                "dtype": self.dtype,
+                "seed": self.seed or 0,
+                "temperature": self.temperature,
+            },
+        )
+
+    @property
+    def _model_config_auto_includes(self) -> dict[str, Any]:
+        return {}
+
+    def get_default_learner_class(self) -> Any:
+        """See AlgorithmConfig."""
+        from rllib_gtpo.learner import GTPOLearner
+
+        return GTPOLearner
+
+    def build_env_to_module_connector(
+        self, env: Any = None, spaces: Any = None, device: Any = None, codec: ChatCodec | None = None
+    ) -> Any:
+        """The user's pieces, then messages to tokens."""
+        from rllib_gtpo.connectors.chat import MessagesToTokens
+
+        pipeline = super().build_env_to_module_connector(env=env, spaces=spaces, device=device)
+        pipeline.append(MessagesToTokens(codec=codec or self.build_codec()))
+        return pipeline
+
+    def build_module_to_env_connector(
+        self, env: Any = None, spaces: Any = None, codec: ChatCodec | None = None
+    ) -> Any:
+        """Tokens to turns, then the user's pieces."""
+        from rllib_gtpo.connectors.chat import TokensToTurns
+
+        pipeline = super().build_module_to_env_connector(env=env, spaces=spaces)
+        pipeline.prepend(TokensToTurns(codec=codec or self.build_codec()))
+        return pipeline
+
+    def build_learner_connector(
+        self, input_observation_space: Any, input_action_space: Any, device: Any = None
+    ) -> Any:
+        """The user's pieces, then turn credit and token sequences."""
+        from rllib_gtpo.connectors.learner import GroupTurnAdvantages, TokenSequences
+
+        pipeline = super().build_learner_connector(
+            input_observation_space, input_action_space, device=device
+        )
+        pipeline.append(
+            GroupTurnAdvantages(
+                estimator=self.estimator,
+                gamma=self.gamma,
+                options=self.estimator_options,
+                uniform_groups=self.uniform_groups,
+                device=device,
+            )
+        )
+        pipeline.append(TokenSequences())
+        return pipeline
+
+    # Validation.
+
+    def validate(self) -> None:
+        """Refuses what is unknown, contradictory or without effect, with how to mend it."""
+        super().validate()
+        self._check_credit()
+        self._check_sampling()
+        self._check_model()
+        self.build_objective()
+
+    def _check_credit(self) -> None:
+        if self.group_size < 2:
+            raise ConfigError(
+                f"group_size={self.group_size}: a group needs at least 2 trajectories, since advantages "
+                "compare them with each other; 8 is a good start."
+            )
+        if self.estimator not in ESTIMATORS:
+            raise ConfigError(_one_of("estimator", self.estimator, ESTIMATORS))
+        chosen = ESTIMATORS[self.estimator]
+        if "gamma" in self.estimator_options:
+            raise ConfigError("estimator_options has 'gamma'; set it with training(gamma=...).")
+        chosen.resolve(self.estimator_options)
+        if not 0.0 <= self.gamma <= 1.0:
+            raise ConfigError(f"gamma={self.gamma}: must lie in [0, 1].")
+        if self.uniform_groups not in _UNIFORM:
+            raise ConfigError(_one_of("uniform_groups", self.uniform_groups, _UNIFORM))
+        for name in ("groups_per_step", "mini_batches", "epochs", "token_budget"):
+            _positive(name, getattr(self, name))
+        if self.mini_batches > self.groups_per_step:
+            raise ConfigError(
+                f"mini_batches={self.mini_batches} is more than groups_per_step={self.groups_per_step}: "
+                "mini-batches are whole groups, so some would be empty."
+            )
+        if self.num_learners > self.groups_per_step:
+            raise ConfigError(
+                f"num_learners={self.num_learners} is more than groups_per_step={self.groups_per_step}: "
+                "a group goes to one learner, so some would have nothing to do."
+            )
+
+    def _check_sampling(self) -> None:
+        if self.engine not in _ENGINES:
+            raise ConfigError(_one_of("engine", self.engine, _ENGINES))
+        if self.temperature <= 0.0:
+            raise ConfigError(
+                f"temperature={self.temperature}: training samples need a temperature above 0, or all "
+                "members of a group are the same."
+            )
+        if self.evaluation_temperature < 0.0:
+            raise ConfigError(f"evaluation temperature={self.evaluation_temperature}: at least 0.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p={self.top_p}: must lie in (0, 1].")
+        for name in ("max_turn_tokens", "max_concurrency", "evaluation_samples_per_task"):
+            _positive(name, getattr(self, name))
+        for name in ("max_turns", "max_tokens"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        if self.max_tokens is not None and self.max_turn_tokens > self.max_tokens:
+            raise ConfigError(
+                f"max_turn_tokens={self.max_turn_tokens} is more than max_tokens={self.max_tokens}: one "
+                "turn cannot be longer than the trajectory."
+            )
+        for name in ("format_penalty", "penalize_tool_errors"):
+            if getattr(self, name) < 0.0:
+                raise ConfigError(f"{name}={getattr(self, name)}: give the size of the penalty, at least 0.")
+
+    def _check_model(self) -> None:
+        import torch
+
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(_one_of("dtype", self.dtype, ("float32", "bfloat16")))
+        self.build_call_format()
+        ColdStart.of(self.cold_start)
+        name = self.optimizer.get("name", "AdamW")
+        if not isinstance(getattr(torch.optim, str(name), None), type):
+            names = [n for n, v in vars(torch.optim).items() if isinstance(v, type)]
+            raise ConfigError(_one_of("optimizer name", name, names))
+        if self.num_gpus_per_learner > 1:
+            raise ConfigError("num_gpus_per_learner: a learner uses one GPU; raise num_learners instead.")
+
+
+class GRPOConfig(GTPOConfig):
+    """GRPO on the same rollouts: one scalar per trajectory, min(accuracy, format)."""
+
+    ALGORITHM = "GRPO"
+    ESTIMATOR = "grpo"
+
+    @classmethod
+    def _algorithm_class(cls) -> Any:
+        from rllib_gtpo.algorithm import GRPO
+
+        return GRPO
+
+
+def _objective_names() -> tuple[str, ...]:
+    return tuple(Objective.__dataclass_fields__)
+
+
+def _positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1.")
+
+
+def _one_of(name: str, value: Any, valid: Any) -> str:
+    near = difflib.get_close_matches(str(value), [str(v) for v in valid], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{name}={value!r} is unknown; use one of {', '.join(map(str, valid))}.{hint}"

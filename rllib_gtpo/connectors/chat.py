@@ -1,0 +1,69 @@
+"""Connector pieces between chat messages and tokens, on the rollout side.
+
+They speak the columns below.  A custom piece (say, one that shortens tool output) goes in front of them
+through RLlib's `env_runners(env_to_module_connector=..., module_to_env_connector=...)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.rllib.connectors.connector_v2 import ConnectorV2
+from ray.rllib.core.columns import Columns
+
+from rllib_gtpo.chat import ChatCodec
+from rllib_gtpo.types import Completion, Turn
+
+PROMPT_IDS = "prompt_ids"  # env to module: ids that the newest observation adds to the context
+COMPLETIONS = "completions"  # module to env: what the engine sampled
+
+
+class MessagesToTokens(ConnectorV2):
+    """The newest observation of each episode -> the ids that it adds to the context."""
+
+    def __init__(self, *args: Any, codec: ChatCodec, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.codec = codec
+
+    def __call__(self, *, batch: dict[str, Any], episodes: list[Any], **kwargs: Any) -> dict[str, Any]:
+        batch[PROMPT_IDS] = [self._ids(episode) for episode in episodes]
+        return batch
+
+    def _ids(self, episode: Any) -> list[int]:
+        observation = episode.get_observations(-1)
+        if len(episode) == 0:
+            return self.codec.prompt_ids(observation.messages, observation.tools)
+        return self.codec.delta_ids(observation.messages)
+
+
+class TokensToTurns(ConnectorV2):
+    """The completion of each episode -> a Turn: text, thinking, content and parsed tool calls."""
+
+    def __init__(self, *args: Any, codec: ChatCodec, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.codec = codec
+
+    def __call__(self, *, batch: dict[str, Any], episodes: list[Any], **kwargs: Any) -> dict[str, Any]:
+        batch[Columns.ACTIONS] = [
+            self._turn(episode, prompt_ids, completion)
+            for episode, prompt_ids, completion in zip(
+                episodes, batch[PROMPT_IDS], batch[COMPLETIONS], strict=True
+            )
+        ]
+        return batch
+
+    def _turn(self, episode: Any, prompt_ids: list[int], completion: Completion) -> Turn:
+        text = self.codec.decode(completion.token_ids)
+        parsed = self.codec.call_format.parse(text, episode.get_observations(0).tools)
+        return Turn(
+            index=len(episode),
+            prompt_ids=prompt_ids,
+            token_ids=completion.token_ids,
+            logprobs=completion.logprobs,
+            finish=completion.finish,
+            weights_version=completion.weights_version,
+            text=text,
+            content=parsed.content,
+            thinking=parsed.thinking,
+            calls=parsed.calls,
+        )

@@ -1,0 +1,404 @@
+"""The Learner: group-normalised turn credit, exact gradient accumulation, one optimizer step at a time.
+
+RLlib's own update loop knows neither accumulation nor ragged token batches, so `update` is replaced as a
+whole; its hooks, optimizer registry, schedules, metrics and state are RLlib's.
+
+However many learners there are and however their shards are cut into micro-batches, the gradient is that
+of one loss over the global batch: every normaliser is summed over learners before it divides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rllib_gtpo.connectors.learner import CREDIT, DROPPED, GROUPS, SEQUENCES, TRAJECTORIES
+from rllib_gtpo.errors import GTPOError
+from rllib_gtpo.ops.advantages import TurnCredit
+from rllib_gtpo.ops.losses import (
+    Objective,
+    finish_metrics,
+    merge_metrics,
+    normaliser,
+    objective_sum,
+)
+from rllib_gtpo.packing import (
+    NOT_TRAINED,
+    TokenBatch,
+    TokenSequence,
+    collate,
+    empty_batch,
+    micro_batches,
+)
+from rllib_gtpo.rl_module import ENTROPY, LOGPROBS
+from rllib_gtpo.types import Group, Trajectory
+
+SUPERVISED = "supervised"  # the cold start's own optimizer, so that RL starts with a fresh state
+POLICY = "policy"
+MAX_BAD_STEPS = 10  # non-finite gradients in a row after which training stops
+Output = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainedBatch:
+    """What the last update trained on: kept for metrics, the record and the report."""
+
+    groups: list[Group]
+    trajectories: list[Trajectory]
+    credit: TurnCredit
+
+
+class GTPOLearner(TorchLearner):
+    """Trains an LLMModule on whole groups."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.last_batch: TrainedBatch | None = None
+        self._bad_steps = 0
+        self._reference: torch.nn.Module | None = None
+        self._objective: Objective = self.config.build_objective()
+
+    # RLlib's hooks.
+
+    def build(self) -> None:
+        """Builds as RLlib does, and seeds each learner's own generator."""
+        super().build()
+        if self.config.seed is not None:
+            torch.manual_seed(self.config.seed + 1000 * self._rank)
+
+    def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
+        """One optimizer for RL, following `lr`, and one for the cold start, driven step by step."""
+        parameters = self.get_parameters(self._module[module_id])
+        self.register_optimizer(
+            module_id=module_id,
+            optimizer_name=POLICY,
+            optimizer=self.config.build_optimizer(parameters),
+            params=parameters,
+            lr_or_lr_schedule=config.lr,
+        )
+        self.register_optimizer(
+            module_id=module_id,
+            optimizer_name=SUPERVISED,
+            optimizer=torch.optim.AdamW(parameters, weight_decay=0.0),
+            params=parameters,
+        )
+
+    def get_parameters(self, module: Any) -> Sequence[Any]:
+        """Only what is trained."""
+        return [p for p in module.parameters() if p.requires_grad]
+
+    def compute_loss_for_module(self, **kwargs: Any) -> Any:
+        """RLlib's per-batch hook; the loss here needs the whole step, see `_policy_loss`."""
+        raise GTPOError("GTPOLearner computes its loss in update(); override _policy_loss instead.")
+
+    def get_state(
+        self, components: Any = None, *, not_components: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """RLlib's state, plus random state and, if there is one, the reference model."""
+        state: dict[str, Any] = super().get_state(
+            components, not_components=not_components, **kwargs
+        )
+        if components is None:
+            state["torch_rng"] = torch.get_rng_state()
+            if self._reference is not None:
+                state["reference"] = {
+                    k: v.detach().cpu() for k, v in self._reference.state_dict().items()
+                }
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """See `get_state`; learners other than the first continue with a generator of their own."""
+        super().set_state(state)
+        if "torch_rng" in state:
+            torch.set_rng_state(state["torch_rng"])
+            if self._rank:
+                torch.manual_seed(torch.initial_seed() + self._rank)
+        if "reference" in state:
+            self._make_reference().load_state_dict(state["reference"])
+
+    def _get_optimizer_state(self) -> dict[str, Any]:
+        """Without RLlib's way through numpy, which loses bfloat16 and integer steps."""
+        return {
+            name: {"module_id": self._optimizer_name_to_module[name], "state": optimizer.state_dict()}
+            for name, optimizer in self._named_optimizers.items()
+        }
+
+    def _set_optimizer_state(self, state: dict[str, Any]) -> None:
+        for name, saved in state.items():
+            if name in self._named_optimizers:
+                self._named_optimizers[name].load_state_dict(copy.deepcopy(saved["state"]))
+
+    # Reinforcement.
+
+    def update(self, training_data: Any = None, *, timesteps: Any = None, **kwargs: Any) -> Any:
+        """One update from whole groups: credit, then `epochs` x `mini_batches` optimizer steps."""
+        self._check_is_built()
+        self.before_gradient_based_update(timesteps=timesteps or {})
+        training_data.validate()
+        training_data.solve_refs()
+        self._weights_seq_no += 1
+        batch = self._learner_connector(
+            rl_module=self.module,
+            batch={},
+            episodes=training_data.episodes,
+            shared_data={"all_reduce": self._sum},
+            metrics=self.metrics,
+        )
+        self.last_batch = TrainedBatch(batch[GROUPS], batch[TRAJECTORIES], batch[CREDIT])
+        if self._objective.kl_coeff and self._reference is None:
+            self._make_reference()
+        progress = kwargs.get("on_step") or (lambda done, total: None)
+        self._log(self._credit_report(self.last_batch, batch[DROPPED]))
+        self._log(self._train_on(self.last_batch, batch[SEQUENCES], progress))
+        self.after_gradient_based_update(timesteps=timesteps or {})
+        return self.metrics.reduce()
+
+    def _credit_report(self, trained: TrainedBatch, dropped: int) -> dict[str, float]:
+        """How much signal the step has, over all learners."""
+        advantages = trained.credit.advantages
+        rows = [sum(len(t.turns) for t in g.trajectories) for g in trained.groups]
+        group = torch.repeat_interleave(torch.tensor(rows, dtype=torch.long)).to(advantages.device)
+        size = torch.zeros(len(rows), dtype=advantages.dtype, device=advantages.device)
+        silent = (size.index_add(0, group, advantages.abs()) == 0).sum()
+        sums = [len(rows) + dropped, silent + dropped, dropped, len(advantages), advantages.abs().sum()]
+        totals = self._sum(torch.tensor([float(s) for s in sums], dtype=torch.float64, device=self._device))
+        groups, silent_groups, dropped_groups, turns, magnitude = totals.tolist()
+        return {
+            "group/zero_std_frac": silent_groups / max(groups, 1.0),
+            "group/dropped_frac": dropped_groups / max(groups, 1.0),
+            "advantage/abs_mean": magnitude / max(turns, 1.0),
+        }
+
+    def _train_on(
+        self,
+        trained: TrainedBatch,
+        sequences: list[TokenSequence],
+        on_step: Callable[[int, int], None],
+    ) -> dict[str, float]:
+        advantages = trained.credit.advantages.float()
+        steps = self.config.epochs * self.config.mini_batches
+        anchors = self._logprobs_of(sequences) if steps > 1 else None
+        reports = []
+        for step in range(steps):
+            chosen = self._mini_batch(trained, step % self.config.mini_batches)
+            loss_fn = self._policy_loss(advantages, anchors, [sequences[i] for i in chosen])
+            reports.append(self._step(sequences, chosen, loss_fn, POLICY))
+            on_step(step + 1, steps)
+        report = {name: sum(r[name] for r in reports) / len(reports) for name in reports[0]}
+        report["mismatch/kl"] = reports[0].get("mismatch/kl", 0.0)
+        return report
+
+    def _mini_batch(self, trained: TrainedBatch, part: int) -> list[int]:
+        """Indices of the trajectories of every `mini_batches`-th group."""
+        chosen: list[int] = []
+        start = 0
+        for number, group in enumerate(trained.groups):
+            if number % self.config.mini_batches == part:
+                chosen += range(start, start + len(group.trajectories))
+            start += len(group.trajectories)
+        return chosen
+
+    def _policy_loss(
+        self, advantages: Tensor, anchors: dict[int, Tensor] | None, sequences: list[TokenSequence]
+    ) -> Callable[[TokenBatch, Output], tuple[Tensor, dict[str, Tensor]]]:
+        """The clipped objective of one micro-batch, divided by the step's global normaliser."""
+        rows = [turn for s in sequences for turn in s.turns if turn != NOT_TRAINED]
+        owners = [i for i, s in enumerate(sequences) for t in s.turns if t != NOT_TRAINED]
+        divisor = normaliser(
+            self._objective,
+            torch.tensor(rows, dtype=torch.long, device=self._device),
+            torch.tensor(owners, dtype=torch.long, device=self._device),
+            self._sum,
+        )
+
+        def loss(batch: TokenBatch, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
+            turns = batch.turns_N
+            reference = None
+            if self._objective.kl_coeff:
+                assert self._reference is not None
+                with torch.no_grad():
+                    reference = self._reference.forward_train({"tokens": batch})[LOGPROBS]
+            total, metrics = objective_sum(
+                self._objective,
+                learner_logprobs=output[LOGPROBS],
+                sampling_logprobs=batch.sampling_logprobs_N,
+                advantages=advantages[turns],
+                turn=turns,
+                trajectory=batch.sequences_N,
+                anchor_logprobs=None if anchors is None else _gather(anchors, batch),
+                ref_logprobs=reference,
+                entropy=output[ENTROPY],
+            )
+            return total / divisor.to(total.dtype), metrics
+
+        return loss
+
+    def _logprobs_of(self, sequences: list[TokenSequence]) -> dict[int, Tensor]:
+        """Log-probabilities of the trained tokens of each sequence under the current weights."""
+        found: dict[int, Tensor] = {}
+        module = self._unwrapped
+        with torch.no_grad():
+            for indices in micro_batches([len(s.token_ids) for s in sequences], self.config.token_budget):
+                batch = collate(sequences, indices).to(self._device)
+                logprobs = module.forward_train({"tokens": batch})[LOGPROBS]
+                for index in indices:
+                    found[index] = logprobs[batch.sequences_N == index]
+        return found
+
+    # Supervision.
+
+    def supervised_step(self, sequences: list[TokenSequence], lr: float, grad_clip: float) -> float:
+        """One step of next-token loss on demonstrations; every learner is given all and takes its share."""
+        mine = list(range(self._rank, len(sequences), self._world))
+        tokens = max(1, sum(s.num_trained for s in sequences))
+        optimizer = self.get_optimizer(DEFAULT_MODULE_ID, SUPERVISED)
+        self._set_optimizer_lr(optimizer, lr)
+
+        def loss(batch: TokenBatch, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
+            total = -output[LOGPROBS].sum()
+            return total / tokens, {"tokens": torch.tensor(len(batch.targets_N), dtype=torch.float64)}
+
+        return self._step(sequences, mine, loss, SUPERVISED, grad_clip)["loss"]
+
+    def supervised_loss(self, sequences: list[TokenSequence]) -> float:
+        """Mean next-token loss on held-out demonstrations; nothing is trained."""
+        mine = sequences[self._rank :: self._world]
+        total = -sum(float(v.sum()) for v in self._logprobs_of(mine).values())
+        sums = torch.tensor([total, sum(s.num_trained for s in mine)], dtype=torch.float64)
+        total, tokens = self._sum(sums.to(self._device)).tolist()
+        return total / max(tokens, 1.0)
+
+    def end_supervision(self) -> None:
+        """Frees the cold start's optimizer state, and counts the weights as new."""
+        self.get_optimizer(DEFAULT_MODULE_ID, SUPERVISED).state.clear()
+        self._weights_seq_no += 1
+
+    # One optimizer step.
+
+    def _step(
+        self,
+        sequences: list[TokenSequence],
+        chosen: list[int],
+        loss_fn: Callable[[TokenBatch, Output], tuple[Tensor, dict[str, Tensor]]],
+        optimizer_name: str,
+        grad_clip: float | None = None,
+    ) -> dict[str, float]:
+        """Accumulates the gradient of `loss_fn` over micro-batches and steps once.
+
+        Every learner runs equally many backward passes, since each of them may hold a collective.
+        """
+        optimizer = self.get_optimizer(DEFAULT_MODULE_ID, optimizer_name)
+        optimizer.zero_grad(set_to_none=True)
+        lengths = [len(sequences[i].token_ids) for i in chosen]
+        parts = [[chosen[i] for i in p] for p in micro_batches(lengths, self.config.token_budget)]
+        backward_passes = self._max(len(parts))
+        metrics: list[dict[str, Tensor]] = []
+        total_loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        computed = 0
+        for number in range(backward_passes):
+            batch = collate(sequences, parts[number]) if number < len(parts) else empty_batch()
+            batch = batch.to(self._device)
+            with self._synchronised(last=number == backward_passes - 1):
+                output = self.module[DEFAULT_MODULE_ID].forward_train({"tokens": batch})
+                loss, sums = loss_fn(batch, output)
+                (loss * self._world).backward()  # learners' gradients are averaged: undo the division
+            metrics.append(sums)
+            total_loss += loss.detach()
+            computed += batch.num_tokens
+        report = finish_metrics(self._reduce_metrics(merge_metrics(metrics) if metrics else {}))
+        report["loss"] = float(self._sum(total_loss))
+        report["computed_tokens"] = float(self._sum(torch.tensor(float(computed), device=self._device)))
+        report["grad/norm"] = self._apply_gradients(optimizer, grad_clip or self.config.grad_clip)
+        report["grad/skipped"] = float(self._bad_steps > 0)
+        return report
+
+    def _apply_gradients(self, optimizer: torch.optim.Optimizer, clip: float | None) -> float:
+        """Clips by global norm and steps; a non-finite gradient leaves weights and moments untouched."""
+        parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        if not parameters:
+            return 0.0
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf")))
+        if norm == norm and norm != float("inf"):
+            optimizer.step()
+            self._bad_steps = 0
+        else:
+            self._bad_steps += 1
+            if self._bad_steps >= MAX_BAD_STEPS:
+                raise GTPOError(
+                    f"{MAX_BAD_STEPS} updates in a row had non-finite gradients; the weights are those "
+                    "before the first of them. Lower lr, check rewards, or use dtype='float32'."
+                )
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _reduce_metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds up metric sums over learners; a learner without data takes part with zeros."""
+        sums = {k: v.to(self._device) for k, v in sums.items()} or {
+            "tokens": torch.zeros((), device=self._device)
+        }
+        if self._world == 1:
+            return sums
+        gathered: list[Any] = [None] * self._world
+        dist.all_gather_object(gathered, {k: float(v) for k, v in sums.items()})
+        return merge_metrics({k: torch.tensor(v) for k, v in part.items()} for part in gathered)
+
+    def _log(self, report: dict[str, float]) -> None:
+        for name, value in report.items():
+            self.metrics.log_value((DEFAULT_MODULE_ID, *name.split("/")), value, window=1)
+
+    def _make_reference(self) -> torch.nn.Module:
+        """A frozen copy of the module as it is now: the policy that KL is measured to."""
+        self._reference = copy.deepcopy(self._unwrapped).requires_grad_(False)
+        return self._reference
+
+    # Who else is there.
+
+    @property
+    def _unwrapped(self) -> Any:
+        return self.module[DEFAULT_MODULE_ID].unwrapped()
+
+    @property
+    def _world(self) -> int:
+        return dist.get_world_size() if self.distributed and dist.is_initialized() else 1
+
+    @property
+    def _rank(self) -> int:
+        return dist.get_rank() if self.distributed and dist.is_initialized() else 0
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor over learners."""
+        if self._world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def _max(self, count: int) -> int:
+        if self._world == 1:
+            return count
+        tensor = torch.tensor(count, device=self._device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def _synchronised(self, *, last: bool) -> Any:
+        """Exchanges gradients in the last backward pass only."""
+        module = self.module[DEFAULT_MODULE_ID]
+        if last or not isinstance(module, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return module.no_sync()
+
+
+def _gather(anchors: dict[int, Tensor], batch: TokenBatch) -> Tensor:
+    """The anchors of a batch's trained tokens, in its order."""
+    order = torch.unique_consecutive(batch.sequences_N).tolist()
+    if not order:
+        return batch.sampling_logprobs_N
+    return torch.cat([anchors[i] for i in order])

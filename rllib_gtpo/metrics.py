@@ -1,0 +1,73 @@
+"""What an iteration says about its rollouts, under stable names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rllib_gtpo.types import Group, StopReason, ToolError, Trajectory
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Exact means over all trajectories (or turns, or calls) of `groups`.
+
+    reward/NAME is the mean over trajectories of the component's sum; rates of tools are per call.
+    """
+    trajectories = [t for g in groups for t in g.trajectories]
+    turns = [turn for t in trajectories for turn in t.turns]
+    results = [r for turn in turns for r in turn.results]
+    invalid = sum(turn.invalid for turn in turns)
+    errors = Counter(r.error for r in results)
+    solved = [t for t in trajectories if t.correct]
+    metrics = {
+        "accuracy": _mean(t.correct for t in trajectories),
+        "turn/per_trajectory": _ratio(len(turns), len(trajectories)),
+        "turn/tokens": _ratio(sum(len(t.token_ids) for t in turns), len(turns)),
+        "turn/reward": _mean(t.reward for t in turns),
+        "trajectory/tokens": _mean(t.num_tokens for t in trajectories),
+        "trajectory/truncated_frac": _mean(t.truncated for t in trajectories),
+        "tool/calls_per_trajectory": _ratio(len(results), len(trajectories)),
+        "tool/invalid_rate": _ratio(invalid, len(turns)),
+        "tool/error_rate": _ratio(
+            errors[ToolError.RAISED] + errors[ToolError.TIMEOUT],
+            len(results) - errors[ToolError.INVALID],
+        ),
+        "tool/timeout_rate": _ratio(errors[ToolError.TIMEOUT], len(results)),
+        "tool/used_frac": _mean(_used_tool(t) for t in trajectories),
+        "tool/used_frac_solved": _mean(_used_tool(t) for t in solved),
+        "group/solved_frac": _mean(all(t.correct for t in g.trajectories) for g in groups),
+        "group/failed_frac": _mean(not any(t.correct for t in g.trajectories) for g in groups),
+    }
+    reasons = Counter(t.stop_reason for t in trajectories)
+    for reason in StopReason:
+        metrics[f"stop/{reason.value}"] = _ratio(reasons[reason], len(trajectories))
+    for name in sorted({name for turn in turns for name in turn.rewards}):
+        total = sum(turn.rewards.get(name, 0.0) for turn in turns)
+        metrics[f"reward/{name}"] = _ratio(total, len(trajectories))
+    return metrics
+
+
+def nested(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """{"a/b": 1} as {"a": {"b": 1}}, the form that result files take."""
+    tree: dict[str, Any] = {}
+    for name, value in metrics.items():
+        *path, last = name.split("/")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
+def _used_tool(trajectory: Trajectory) -> bool:
+    return any(r.error is not ToolError.INVALID for turn in trajectory.turns for r in turn.results)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _mean(values: Any) -> float:
+    listed = [float(v) for v in values]
+    return _ratio(sum(listed), len(listed))

@@ -1,0 +1,80 @@
+"""Starts Ray with what a configuration needs, and shuts it down."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rllib_gtpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+
+
+class SessionOptions(Protocol):
+    """The options that matter here."""
+
+    num_cpus: int | None
+    ray_address: str | None
+    debug: bool
+
+
+def check_resources(config: AlgorithmConfig) -> dict[str, float]:
+    """What one trial of `config` needs in total; also validates the config.
+
+    Raises:
+        ConfigError: The config contradicts itself.
+    """
+    cls: Any = config.algo_class
+    try:
+        factory = cls.default_resource_request(config.copy(copy_frozen=False))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+    return dict(factory.required_resources) if factory is not None else {}
+
+
+@contextmanager
+def ray_session(needs: Mapping[str, float], options: SessionOptions) -> Iterator[None]:
+    """Ray, started here and stopped at the end, or the session that is already there.
+
+    CPUs are Ray's bookkeeping, not a reservation: a config that asks for more than the machine
+    has gets them, instead of waiting for ever.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        if options.ray_address:
+            ray.init(address=options.ray_address, logging_level="WARNING")
+        else:
+            _start(needs, options)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(needs: Mapping[str, float], options: SessionOptions) -> None:
+    import ray
+
+    cpus = options.num_cpus or max(os.cpu_count() or 1, int(needs.get("CPU", 1)))
+    # Ray's workers print RLlib's messages too; the hook silences the same ones there.
+    runtime_env: dict[str, Any] = {}
+    if not options.debug:
+        runtime_env["worker_process_setup_hook"] = "rllib_gtpo.quiet.silence"
+    ray.init(
+        num_cpus=cpus,
+        include_dashboard=False,
+        logging_level="INFO" if options.debug else "WARNING",
+        runtime_env=runtime_env or None,
+    )
+    have = ray.cluster_resources()
+    for resource, amount in needs.items():
+        if amount > have.get(resource, 0):
+            raise ConfigError(
+                f"the config needs {amount:g} {resource}, Ray has {have.get(resource, 0):g}"
+                + (": raise --num-cpus" if resource == "CPU" else "")
+            )

@@ -1,0 +1,473 @@
+"""Executions and sessions on one zygote: queueing, deadlines, outcomes, healing.  Hub's thread only."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import math
+import os
+import signal
+import socket
+import struct
+import termios
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from functools import partial
+
+from rllib_gtpo.sandbox.child import EXIT_DISK, EXIT_MEMORY, EXIT_OK, EXIT_SETUP, REPLY
+from rllib_gtpo.sandbox.hub import Hub
+from rllib_gtpo.sandbox.limits import Limits, SandboxResult, SandboxUnavailable, Status
+from rllib_gtpo.sandbox.output import Output
+from rllib_gtpo.sandbox.spawn import ZygoteProcess
+
+KILL_SECONDS = 10.0  # how long a kill may take before the zygote itself counts as stuck
+RESTARTED = "[The session was restarted: names defined before are gone.]\n"
+CODES = {EXIT_OK: Status.OK, EXIT_MEMORY: Status.MEMORY, EXIT_DISK: Status.DISK_LIMIT}
+
+
+def cpu_time(pid: int) -> float:
+    """CPU seconds that the process used, all threads, by the kernel's clock; 0 if it is gone."""
+    try:
+        return time.clock_gettime((~pid << 3) | 2)
+    except OSError:
+        return 0.0
+
+
+def queued_time(pid: int) -> float:
+    """Seconds that the process was ready to run but had no core; 0 where the kernel does not say."""
+    try:
+        with open(f"/proc/{pid}/schedstat") as f:
+            return int(f.read().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+class Job:
+    """One piece of code to run, and the future that receives its result."""
+
+    __slots__ = ("code", "cpu", "future", "nonce", "queued", "started")
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+        self.future: Future[SandboxResult] = Future()
+        self.nonce = 0
+        self.started = self.cpu = self.queued = 0.0
+
+    def fail(self, problem: str) -> None:
+        """The host could not run it."""
+        try:
+            self.future.set_exception(SandboxUnavailable(problem))
+        except InvalidStateError:
+            return  # cancelled meanwhile
+
+    def finish(self, result: SandboxResult) -> None:
+        """It ran."""
+        try:
+            self.future.set_result(result)
+        except InvalidStateError:
+            return
+
+
+class Cell:
+    """One forked process: of one fresh run, or of a session until it dies."""
+
+    def __init__(self, number: int, session: SessionState | None, limits: Limits) -> None:
+        self.number, self.session = number, session
+        self.output = Output(limits.output_chars)
+        self.job: Job | None = None
+        self.pid = 0  # 0 until the zygote has forked it
+        self.pipe = -1
+        self.socket: socket.socket | None = None  # a session's
+        self.verdict: tuple[Status, str] | None = None  # why the host killed it
+        self.timer = False
+
+
+class SessionState:
+    """A session across the deaths of its processes.  Cells run one after the other."""
+
+    def __init__(self) -> None:
+        self.cell: Cell | None = None
+        self.jobs: deque[Job] = deque()
+        self.note = ""  # what the next result must say first
+        self.closed = False
+
+
+class Pool:
+    """See the module.  Other threads reach these methods only through `hub.post`."""
+
+    def __init__(self, limits: Limits, workers: int, preload: Sequence[str]) -> None:
+        """Start the hub; the zygote starts with the first `start` or job."""
+        self.limits, self.workers, self.preload = limits, workers, tuple(preload)
+        self.restarts = 0  # zygotes lost and replaced
+        self.closed = ""  # why nothing runs any more
+        self.zygote: ZygoteProcess | None = None
+        self._started = False
+        self._cells: dict[int, Cell] = {}
+        self._numbers = itertools.count(1)
+        self._waiting: deque[Job] = deque()  # fresh runs beyond `workers`
+        self._fresh = 0
+        self._ready: list[Future[None]] = []
+        self.hub = Hub(lambda error: self._crash(error))
+
+    def start(self, ready: Future[None]) -> None:
+        """Start the zygote; resolves `ready` when the preload is imported, or fails it."""
+        self._ready.append(ready)
+        try:
+            self._ensure_zygote()
+        except (OSError, SandboxUnavailable) as error:
+            self._zygote_ready(str(error))
+
+    def submit(self, job: Job) -> None:
+        """Run `job` in a process of its own as soon as a worker is free."""
+        if self.closed:
+            return job.fail(self.closed)
+        self._waiting.append(job)
+        self._start_waiting()
+
+    def submit_cell(self, session: SessionState, job: Job) -> None:
+        """Run `job` as the session's next cell."""
+        if self.closed or session.closed:
+            return job.fail(self.closed or "This session is closed.")
+        session.jobs.append(job)
+        self._next_cell(session)
+
+    def open_session(self, session: SessionState) -> None:
+        """Fork the session's process ahead of its first cell; errors wait for that cell."""
+        if not self.closed and session.cell is None and not session.closed:
+            try:
+                session.cell = self._fork(session, None)
+            except (OSError, SandboxUnavailable):
+                return
+
+    def close_session(self, session: SessionState) -> None:
+        """Kill the session's process and fail what it still had to run."""
+        session.closed = True
+        cell = session.cell
+        if cell is not None and cell.job is not None:
+            cell.job.fail("This session was closed while its code ran.")
+            cell.job = None
+        while session.jobs:
+            session.jobs.popleft().fail("This session is closed.")
+        if cell is not None:
+            self._kill(cell, Status.KILLED, "")
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for `job` any more: kill its process, or forget it."""
+        for cell in self._cells.values():
+            if cell.job is job:
+                return self._kill(cell, Status.KILLED, "[Cancelled.]")
+        if job in self._waiting:
+            self._waiting.remove(job)
+
+    def close(self, reason: str = "This sandbox is closed.") -> None:
+        """Kill everything and end the hub."""
+        if self.closed:
+            return
+        self.closed = reason
+        if self.zygote is not None:
+            self.zygote.kill()
+        while self._waiting:
+            self._waiting.popleft().fail(reason)
+        self.hub.stop()
+
+    def _crash(self, error: BaseException) -> None:
+        self.close(f"The sandbox's own thread failed: {type(error).__name__}: {error}")
+
+    # The zygote.
+
+    def _ensure_zygote(self) -> ZygoteProcess:
+        if self.zygote is None:
+            self.zygote = ZygoteProcess(
+                self.hub,
+                self.limits,
+                self.preload,
+                self._on_event,
+                self._zygote_ready,
+                self._zygote_died,
+            )
+            self.restarts += self._started
+            self._started = True
+        return self.zygote
+
+    def _zygote_ready(self, problem: str) -> None:
+        for future in self._ready:
+            if not problem:
+                future.set_result(None)
+            else:
+                future.set_exception(SandboxUnavailable(f"The sandbox cannot start: {problem}"))
+        self._ready.clear()
+
+    def _zygote_died(self) -> None:
+        """End what ran on it; what waits runs on the next one."""
+        self.zygote = None
+        reason = (Status.KILLED, "[Killed: the sandbox's own process died.]")
+        for cell in list(self._cells.values()):
+            cell.verdict = cell.verdict or reason
+            if cell.job is not None and self.closed:
+                cell.job.fail(self.closed)
+                cell.job = None
+            self._ended(cell, signal.SIGKILL, 0.0)
+
+    def _on_event(self, op: bytes, number: int, value: int, seconds: float) -> None:
+        cell = self._cells.get(number)
+        if cell is None:
+            return
+        if op == b"P":
+            cell.pid = value
+            self._start_clock(cell)
+        elif op == b"X":
+            self._ended(cell, value, seconds)
+        else:
+            job, cell.job = cell.job, None
+            if job is not None:
+                job.fail(f"No process could be forked: {os.strerror(value)}.")
+            self._ended(cell, signal.SIGKILL, 0.0)
+
+    # Starting code.
+
+    def _start_waiting(self) -> None:
+        while self._waiting and self._fresh < self.workers and not self.closed:
+            job = self._waiting.popleft()
+            if job.future.cancelled():
+                continue
+            try:
+                self._fork(None, job)
+            except (OSError, SandboxUnavailable) as error:
+                job.fail(self._explain(error))
+
+    def _next_cell(self, session: SessionState) -> None:
+        while session.jobs and (session.cell is None or session.cell.job is None):
+            job = session.jobs.popleft()
+            if job.future.cancelled():
+                continue
+            try:
+                if session.cell is None:
+                    session.cell = self._fork(session, None)
+                self._send_cell(session.cell, job)
+            except (OSError, SandboxUnavailable) as error:
+                job.fail(self._explain(error))
+
+    @staticmethod
+    def _explain(error: Exception) -> str:
+        hint = " (raise `ulimit -n`)" if getattr(error, "errno", None) == 24 else ""
+        return f"No process could be started: {error}{hint}"
+
+    def _fork(self, session: SessionState | None, job: Job | None) -> Cell:
+        """Ask for a process: of a session, or of the fresh run `job`."""
+        zygote = self._ensure_zygote()
+        cell = Cell(next(self._numbers), session, self.limits)
+        fds: list[int] = []
+        try:
+            if job is not None:
+                fds.append(_memory_file(job.code))
+            else:
+                cell.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                cell.socket.setblocking(False)
+                fds.append(theirs.detach())
+            cell.pipe, write = os.pipe2(os.O_CLOEXEC)
+            fds.append(write)
+        except OSError:
+            for fd in fds:
+                os.close(fd)
+            if cell.socket is not None:
+                cell.socket.close()
+            raise
+        os.set_blocking(cell.pipe, False)
+        self._cells[cell.number] = cell
+        self._fresh += job is not None
+        cell.job = job
+        self.hub.watch(cell.pipe, partial(self._read_output, cell))
+        if cell.socket is not None:
+            self.hub.watch(cell.socket.fileno(), partial(self._read_reply, cell))
+        zygote.fork(cell.number, job is not None, fds)
+        return cell
+
+    def _send_cell(self, cell: Cell, job: Job) -> None:
+        assert cell.socket is not None
+        job.nonce = int.from_bytes(os.urandom(8), "little")
+        cell.job = job
+        fd = _memory_file(job.code)
+        try:
+            socket.send_fds(cell.socket, [job.nonce.to_bytes(8, "little")], [fd])
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it died a moment ago; the report of that ends the job
+        except OSError:
+            cell.job = None
+            raise
+        finally:
+            os.close(fd)
+        self._start_clock(cell)
+
+    # Deadlines.
+
+    def _start_clock(self, cell: Cell) -> None:
+        """Begin to count for the cell's job, once there are both a job and a process."""
+        job = cell.job
+        if job is None or not cell.pid:
+            return
+        job.started = time.monotonic()
+        if cell.session is not None:
+            job.cpu, job.queued = cpu_time(cell.pid), queued_time(cell.pid)
+        if not cell.timer:
+            cell.timer = True
+            self.hub.after(self.limits.cpu_seconds, partial(self._check, cell))
+
+    def _check(self, cell: Cell) -> None:
+        """Kill the cell if its job has used up its time, else look again when it could have."""
+        cell.timer = False
+        job = cell.job
+        if job is None or cell.number not in self._cells or cell.verdict is not None:
+            return
+        cpu = self.limits.cpu_seconds - (cpu_time(cell.pid) - job.cpu)
+        wall = self.limits.wall - (time.monotonic() - job.started)
+        if wall <= 0:
+            wall += queued_time(cell.pid) - job.queued
+        if cpu <= 0:
+            note = f"[Timed out after {self.limits.cpu_seconds:g} s of CPU time.]"
+        elif wall <= 0:
+            note = f"[Timed out after {self.limits.wall:g} s.]"
+        else:
+            cell.timer = True
+            self.hub.after(max(min(cpu, wall), 0.02), partial(self._check, cell))
+            return
+        self._kill(cell, Status.TIMEOUT, note)
+
+    def _kill(self, cell: Cell, status: Status, note: str) -> None:
+        if cell.verdict is None and self.zygote is not None:
+            cell.verdict = (status, note)
+            self.zygote.kill_cell(cell.number)
+            self.hub.after(KILL_SECONDS, partial(self._check_killed, cell))
+
+    def _check_killed(self, cell: Cell) -> None:
+        if cell.number in self._cells and self.zygote is not None:
+            self.zygote.kill()
+
+    # Outcomes.
+
+    def _read_output(self, cell: Cell) -> None:
+        if not self._drain(cell, 1 << 16):
+            self.hub.unwatch(cell.pipe)
+            os.close(cell.pipe)
+            cell.pipe = -1
+
+    def _drain(self, cell: Cell, limit: int) -> bool:
+        """Read up to `limit` bytes of output; False at the end of the stream."""
+        try:
+            data = os.read(cell.pipe, limit)
+        except BlockingIOError:
+            return True
+        cell.output.feed(data)
+        if cell.output.total > self.limits.max_output_mb * (1 << 20):
+            note = f"[Killed: printed more than {self.limits.max_output_mb:g} MB.]"
+            self._kill(cell, Status.OUTPUT_LIMIT, note)
+        return bool(data)
+
+    def _drain_rest(self, cell: Cell) -> None:
+        """Read what is in the pipe now; a thread of the code may go on writing for ever."""
+        if cell.pipe >= 0:
+            size = struct.unpack("i", fcntl.ioctl(cell.pipe, termios.FIONREAD, b"\0" * 4))[0]
+            if size:
+                self._drain(cell, size)
+
+    def _read_reply(self, cell: Cell) -> None:
+        """A session's process says how its cell ended."""
+        assert cell.socket is not None
+        try:
+            data = cell.socket.recv(REPLY.size + 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:  # it closed its end or died; only the zygote's report tells which
+            self.hub.unwatch(cell.socket.fileno())
+            cell.socket.close()
+            cell.socket = None
+            self._kill(cell, Status.PROTOCOL_VIOLATION, "[Killed: closed a descriptor of ours.]")
+            return
+        job = cell.job
+        if job is None or len(data) != REPLY.size or REPLY.unpack(data)[0] != job.nonce:
+            note = "[Killed: wrote to a descriptor of ours.]"
+            return self._kill(cell, Status.PROTOCOL_VIOLATION, note)
+        self._drain_rest(cell)
+        if cell.verdict is not None:
+            return  # being killed; the report of that ends the job
+        assert cell.session is not None
+        self._finish(cell, CODES.get(REPLY.unpack(data)[1], Status.ERROR), "", 0.0)
+        self._next_cell(cell.session)
+
+    def _ended(self, cell: Cell, wait_status: int, cpu: float) -> None:
+        """The process is gone: give its job a result and release what it held."""
+        if cell.socket is not None and cell.job is not None and cell.verdict is None:
+            self._read_reply(cell)  # it may have finished the cell before it died
+        self._drain_rest(cell)
+        if cell.pipe >= 0:
+            self.hub.unwatch(cell.pipe)
+            os.close(cell.pipe)
+        if cell.socket is not None:
+            self.hub.unwatch(cell.socket.fileno())
+            cell.socket.close()
+        del self._cells[cell.number]
+        had_job = cell.job is not None
+        if had_job:
+            status, note = self._judge(cell, wait_status, cpu)
+            self._finish(cell, status, note, cpu)
+        session = cell.session
+        if session is None:
+            self._fresh -= 1
+            self._start_waiting()
+        elif session.cell is cell:
+            session.cell = None
+            session.note = RESTARTED
+            self._next_cell(session)
+
+    def _judge(self, cell: Cell, wait_status: int, cpu: float) -> tuple[Status, str]:
+        """The status of a job whose process ended, from the kernel's wait status and our verdict."""
+        if cell.verdict is not None and cell.verdict[0] is Status.OUTPUT_LIMIT:
+            return cell.verdict  # also where it ended by itself before the signal came
+        if os.WIFEXITED(wait_status):
+            code = os.WEXITSTATUS(wait_status)
+            if cell.session is not None:
+                return Status.ERROR, f"[The session's process exited with code {code}.]"
+            if code == EXIT_SETUP:
+                return Status.KILLED, "[Killed: the process could not be set up.]"
+            return CODES.get(code, Status.ERROR), ""
+        number = os.WTERMSIG(wait_status)
+        if number == signal.SIGKILL and cell.verdict is not None:
+            return cell.verdict
+        if number == signal.SIGXCPU:
+            seconds = self.limits.cpu_seconds
+            return Status.TIMEOUT, f"[Timed out after {seconds:g} s of CPU time.]"
+        if number == signal.SIGXFSZ:
+            return Status.DISK_LIMIT, f"[Killed: a file grew past {self.limits.file_mb} MB.]"
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            name = f"signal {number}"
+        return Status.KILLED, f"[Killed by {name}.]"
+
+    def _finish(self, cell: Cell, status: Status, note: str, cpu: float) -> None:
+        job = cell.job
+        assert job is not None
+        cell.job = None
+        before = ""
+        if cell.session is not None:
+            before, cell.session.note = cell.session.note, ""
+            cpu = max((cpu or cpu_time(cell.pid)) - job.cpu, 0.0) if cell.pid else 0.0
+        wall = time.monotonic() - job.started if job.started else math.nan
+        output = cell.output.take(before, note + "\n" if note else "")
+        job.finish(SandboxResult(status, output, cpu, 0.0 if math.isnan(wall) else wall))
+
+
+def _memory_file(code: str) -> int:
+    """A descriptor of a memory file that holds `code`."""
+    fd = os.memfd_create("code", os.MFD_CLOEXEC)
+    try:
+        data = memoryview(code.encode("utf-8", "surrogatepass"))
+        while data:
+            data = data[os.write(fd, data) :]
+    except OSError:
+        os.close(fd)
+        raise
+    return fd

@@ -1,0 +1,212 @@
+"""The entry point: `PythonSandbox`, its sessions, and what it enforces."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from types import MappingProxyType, TracebackType
+from typing import Self
+
+from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.sandbox.limits import Limits, SandboxResult, SandboxUnavailable
+from rllib_gtpo.sandbox.pool import Job, Pool, SessionState
+
+GUARANTEES: Mapping[str, bool] = MappingProxyType(
+    {
+        # Enforced.
+        "separate process": True,  # one per execution or session, forked from a clean interpreter
+        "clean environment": True,  # none of the host's environment, arguments or descriptors
+        "no shared state": True,  # an execution inherits no code, output or memory of another
+        "cpu limit": True,
+        "wall limit": True,
+        "memory limit": True,  # address space of each process
+        "file size limit": True,  # of one file, not of all together
+        "output limit": True,
+        "process group killed": True,  # what an execution started ends with it
+        "killed with the host": True,  # the executions' own processes
+        # Not enforced: the code has the rights of the user who runs the host.
+        "file reads": False,
+        "file writes": False,
+        "network": False,
+        "process creation": False,
+        "signals to other processes": False,
+        "system call filter": False,
+        "total disk use": False,
+        "total memory of descendants": False,
+    }
+)
+
+
+class _Runner:
+    """`run` and `arun` over one way of submitting a job."""
+
+    _pool: Pool
+    _pid: int
+
+    def _submit(self, job: Job) -> None:
+        raise NotImplementedError
+
+    def run(self, code: str) -> SandboxResult:
+        """Run `code` and wait.  Never raises for what the code does.
+
+        Raises:
+            SandboxUnavailable: The host cannot run code.
+        """
+        job = Job(code)
+        self._post(partial(self._submit, job))
+        try:
+            return job.future.result()
+        except BaseException:
+            self._cancel(job)
+            raise
+
+    async def arun(self, code: str) -> SandboxResult:
+        """Like `run`, without blocking the event loop; cancelling it kills the code."""
+        job = Job(code)
+        self._post(partial(self._submit, job))
+        try:
+            return await asyncio.wrap_future(job.future)
+        except BaseException:
+            self._cancel(job)
+            raise
+
+    def _post(self, callback: Callable[[], None]) -> None:
+        if os.getpid() != self._pid:
+            raise SandboxUnavailable("This sandbox belongs to the parent process: make one here.")
+        self._pool.hub.post(callback)
+
+    def _cancel(self, job: Job) -> None:
+        if not job.future.done() or job.future.cancelled():
+            job.future.cancel()
+            self._post(partial(self._pool.cancel, job))
+
+
+class Session(_Runner):
+    """A notebook-like session: names stay between cells, which run one after the other.
+
+    If a cell's process dies (time, output, a signal, `os._exit`), that cell's status says how, and
+    the next cell starts in a new process with no names; the first line of its output says so.
+    """
+
+    def __init__(self, pool: Pool, pid: int) -> None:
+        """Use `PythonSandbox.session()`."""
+        self._pool, self._pid = pool, pid
+        self._state = SessionState()
+        self._closed = False
+        self._post(partial(pool.open_session, self._state))
+
+    def _submit(self, job: Job) -> None:
+        self._pool.submit_cell(self._state, job)
+
+    def close(self) -> None:
+        """Kill the session's process.  Does not wait for it; may be called again."""
+        if not self._closed and os.getpid() == self._pid:
+            self._closed = True
+            self._pool.hub.post(partial(self._pool.close_session, self._state))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_closed"):
+            self.close()
+
+
+class PythonSandbox(_Runner):
+    """Runs Python that nobody has read, each execution in a process of its own.
+
+    May be used from any thread and any event loop of the process that made it, also inside Ray
+    actors.  A forked child process of the host must make its own.
+    """
+
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        workers: int | None = None,
+        preload: Sequence[str] = (),
+        start_timeout: float = 120.0,
+    ) -> None:
+        """Start the process that executions are forked from, and wait until it is ready.
+
+        Args:
+            limits: Bounds of every execution.
+            workers: Fresh runs at one time, by default one per core; more of them wait.  Sessions
+                are not counted.
+            preload: Modules that are imported once, before the first fork.
+            start_timeout: Seconds that the preload may take.
+
+        Raises:
+            SandboxUnavailable: The process cannot start, or a preloaded module cannot be imported.
+        """
+        if not sys.platform.startswith("linux"):
+            raise SandboxUnavailable("The sandbox needs Linux: run it in a container or a VM.")
+        if isinstance(preload, str):
+            raise ConfigError(f"preload must be a sequence of names: write ({preload!r},).")
+        workers = workers or os.cpu_count() or 1
+        self.limits = limits or Limits()
+        self._pid = os.getpid()
+        self._pool = Pool(self.limits, workers, preload)
+        self._finalizer = weakref.finalize(self, _close, self._pool, self._pid)
+        ready: Future[None] = Future()
+        self._post(partial(self._pool.start, ready))
+        try:
+            ready.result(start_timeout)
+        except TimeoutError:
+            self.close()
+            raise SandboxUnavailable(
+                f"The sandbox did not start within {start_timeout:g} s (preload {preload})."
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _submit(self, job: Job) -> None:
+        self._pool.submit(job)
+
+    def session(self) -> Session:
+        """Open a session.  Does not wait for its process."""
+        return Session(self._pool, self._pid)
+
+    @property
+    def guarantees(self) -> Mapping[str, bool]:
+        """What is enforced (True) and what is not (False), by name."""
+        return GUARANTEES
+
+    @property
+    def restarts(self) -> int:
+        """How often the process that forks executions was lost and replaced."""
+        return self._pool.restarts
+
+    def close(self) -> None:
+        """Kill all executions and sessions and remove their files; may be called again."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _close(pool: Pool, pid: int) -> None:
+    if os.getpid() == pid:
+        pool.hub.post(pool.close)
+        pool.hub.join(10.0)

@@ -1,0 +1,271 @@
+"""The process that forks every execution.  Started by path; imports only the standard library.
+
+One thread.  It imports the preload once and then forks on request over a SOCK_SEQPACKET socket,
+kills on request, and reports wait statuses.  It sees neither code nor output: it passes on
+descriptors, so that no execution inherits anything of another.  It never waits for the host.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import select
+import signal
+import site
+import socket
+import stat
+import struct
+import sys
+import traceback
+from typing import Any
+
+REQUEST = struct.Struct("<cQ")  # "F"resh, "S"ession or "K"ill; the cell's id
+EVENT = struct.Struct("<cQqd")  # "P"id, "X" exited (wait status, cpu seconds), "E"rror (errno)
+WARM_UP = {  # what a first use initialises lazily, and each child would pay for again
+    "sympy": "import sympy as s; x = s.Symbol('x'); s.solve(x**2 - 2, x); s.simplify(s.sin(x)**2)",
+    "numpy": "import numpy as n; n.linalg.solve(n.eye(2), n.ones(2)); n.random.rand()",
+}
+
+
+def sweep(top: str) -> None:
+    """Remove the directory `top`, however deep, wide or unreadable; follows no symbolic link.
+
+    Subdirectories are moved up beside each other before they are emptied, so that neither the
+    recursion limit nor the longest path name matters.
+    """
+    queue, count = [top], 0
+    shelf = top + ".sweep"
+    try:
+        os.mkdir(shelf, 0o700)
+    except OSError:
+        pass
+    while queue:
+        directory = queue.pop()
+        try:
+            os.chmod(directory, 0o700)
+            names = os.listdir(directory)
+        except OSError:
+            continue
+        for name in names:
+            path = os.path.join(directory, name)
+            try:
+                if stat.S_ISDIR(os.lstat(path).st_mode):
+                    count += 1
+                    os.rename(path, os.path.join(shelf, str(count)))
+                    queue.append(os.path.join(shelf, str(count)))
+                else:
+                    os.unlink(path)
+            except OSError:
+                continue
+        try:
+            os.rmdir(directory)
+        except OSError:
+            continue
+    try:
+        os.rmdir(shelf)
+    except OSError:
+        pass
+
+
+class Zygote:
+    """Serves one host until the host is gone."""
+
+    def __init__(self, config: dict[str, Any], child: Any) -> None:
+        """Set up the event sources; `child` is the module that runs code."""
+        self.limits, self.scratch, self.child = config["limits"], config["scratch"], child
+        self.control = socket.socket(fileno=config["control"])
+        self.control.setblocking(False)
+        self.outbox: collections.deque[bytes] = collections.deque()
+        self.pids: dict[int, int] = {}  # cell id -> pid
+        self.cells: dict[int, int] = {}  # pid -> cell id
+        self.sweepers: set[int] = set()
+        self.pid = os.getpid()
+        self.signals, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.poll = select.epoll()
+        self.poll.register(self.signals, select.EPOLLIN)
+        self.poll.register(self.control, select.EPOLLIN)
+        # A process that the host forked may keep the control socket open after the host's death.
+        self.host = os.pidfd_open(config["host"])
+        self.poll.register(self.host, select.EPOLLIN)
+        if os.getppid() != config["host"]:
+            sys.exit("the host is gone")
+
+    def serve(self) -> None:
+        """Handle events until the host closes the control socket or dies."""
+        while True:
+            for fd, events in self.poll.poll():
+                if fd == self.signals:
+                    os.read(self.signals, 4096)
+                    self.reap()
+                elif fd == self.host:
+                    return
+                elif events & (select.EPOLLIN | select.EPOLLHUP) and not self.receive():
+                    return
+            self.flush()
+
+    def receive(self) -> bool:
+        """Handle one request; False once the host is gone."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self.control, REQUEST.size, 2)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if not data:
+            return False
+        op, cell = REQUEST.unpack(data)
+        if op == b"K":
+            if cell in self.pids:
+                self.kill(self.pids[cell])
+        elif len(fds) == 2:
+            self.fork(cell, "fresh" if op == b"F" else "session", fds)
+        else:
+            self.outbox.append(EVENT.pack(b"E", cell, 24, 0.0))  # descriptors lost: EMFILE
+        for fd in fds:
+            os.close(fd)
+        return True
+
+    def fork(self, cell: int, kind: str, fds: list[int]) -> None:
+        """Fork the process of one execution or session."""
+        scratch = os.path.join(self.scratch, str(cell))
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self.outbox.append(EVENT.pack(b"E", cell, error.errno or 0, 0.0))
+            return
+        if pid == 0:
+            self.child.run(kind, fds, scratch, self.limits, self.pid)
+            os._exit(self.child.EXIT_SETUP)
+        self.pids[cell], self.cells[pid] = pid, cell
+        self.outbox.append(EVENT.pack(b"P", cell, pid, 0.0))
+
+    def kill(self, pid: int) -> None:
+        """Kill the process group of a child that has not been reaped yet."""
+        for kill in (os.killpg, os.kill):  # the group does not exist before the child's setsid
+            try:
+                kill(pid, signal.SIGKILL)
+            except OSError:
+                continue
+
+    def reap(self) -> None:
+        """Report every child that ended, and kill whatever it left behind."""
+        ended = False
+        while True:
+            try:
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if info is None:
+                if ended and self.kill_strays():
+                    continue
+                return
+            cell = self.cells.pop(info.si_pid, None)
+            if cell is not None:
+                self.kill(info.si_pid)  # still a zombie, so the number cannot mean anyone else
+            _, status, usage = os.wait4(info.si_pid, 0)
+            self.sweepers.discard(info.si_pid)
+            if cell is None:
+                continue
+            ended = True
+            del self.pids[cell]
+            self.outbox.append(EVENT.pack(b"X", cell, status, usage.ru_utime + usage.ru_stime))
+            self.clean(os.path.join(self.scratch, str(cell)))
+
+    def clean(self, scratch: str) -> None:
+        """Remove an execution's directory; a process of its own does what takes long."""
+        try:
+            os.rmdir(scratch)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    signal.set_wakeup_fd(-1)
+                    sweep(scratch)
+                finally:
+                    os._exit(0)
+            self.sweepers.add(pid)
+
+    def kill_strays(self) -> bool:
+        """Kill adopted descendants that left their process group; whether there were any."""
+        try:
+            with open(f"/proc/self/task/{self.pid}/children") as f:
+                pids = {int(pid) for pid in f.read().split()}
+        except OSError:
+            return False
+        strays = pids - self.cells.keys() - self.sweepers
+        for pid in strays:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                continue
+        return bool(strays)
+
+    def flush(self) -> None:
+        """Send what the host takes now and remember the rest."""
+        try:
+            while self.outbox:
+                self.control.send(self.outbox[0])
+                self.outbox.popleft()
+        except BlockingIOError:
+            self.poll.modify(self.control, select.EPOLLIN | select.EPOLLOUT)
+        except OSError:
+            self.outbox.clear()  # the host is going; the next poll says so
+        else:
+            self.poll.modify(self.control, select.EPOLLIN)
+
+    def close(self) -> None:
+        """Kill everything and remove every file."""
+        for pid in self.cells:
+            self.kill(pid)
+        self.kill_strays()
+        sweep(self.scratch)
+
+
+def load(path: str) -> Any:
+    """Import the file `path` under no name that code in a child could import."""
+    spec = importlib.util.spec_from_file_location("_child", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    """Prepare the interpreter, say so, and serve."""
+    config = json.loads(sys.argv[1])
+    sys.argv = [""]
+    child = load(config["child"])
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: daemonised descendants come here
+    sys.path.extend(config["path"])
+    site.setquit()
+    site.sethelper()
+    zygote = Zygote(config, child)
+    try:
+        for name in config["preload"]:
+            importlib.import_module(name)
+            exec(WARM_UP.get(name, ""), {})
+    except BaseException:
+        zygote.control.send(b"!" + traceback.format_exc()[-4000:].encode())
+        return
+    gc.collect()
+    gc.freeze()  # the children share these pages as long as no collection writes to them
+    zygote.outbox.append(b"R")
+    zygote.flush()
+    try:
+        zygote.serve()
+    finally:
+        if os.getpid() == zygote.pid:
+            zygote.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,515 @@
+"""The sandbox: every status, sessions, healing, and that nothing is left behind."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.sandbox import Limits, PythonSandbox, SandboxUnavailable, Status
+from rllib_gtpo.sandbox.output import Output, clip
+
+LIMITS = Limits(cpu_seconds=0.5, wall_seconds=1.5, memory_mb=128, output_chars=1000, file_mb=1)
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with PythonSandbox(LIMITS, workers=2) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def own():
+    """A sandbox for tests that break it."""
+    with PythonSandbox(LIMITS, workers=2) as sandbox:
+        yield sandbox
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def eventually(condition, seconds=5.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return bool(condition())
+
+
+def zygote_pid(sandbox) -> int:
+    return sandbox._pool.zygote.pid
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "output"),
+    [
+        ("print(1 + 1)", "ok", "2\n"),
+        ("", "ok", ""),
+        ("exit()", "ok", ""),
+        ("import sys; sys.exit(3)", "error", ""),
+        ("import sys; sys.exit('bye')", "error", "bye\n"),
+        ("import os; os._exit(0)", "ok", ""),
+        ("import os; os._exit(5)", "error", ""),
+        ("while True: pass", "timeout", "[Timed out after 0.5 s of CPU time.]\n"),
+        ("import time; time.sleep(60)", "timeout", "[Timed out after 1.5 s.]\n"),
+        ("import os; os.kill(os.getpid(), 11)", "killed", "[Killed by SIGSEGV.]\n"),
+        ("import os; os.kill(os.getpid(), 9)", "killed", "[Killed by SIGKILL.]\n"),
+        ("print('\\ud800 \\u00e9')", "ok", "\\ud800 \u00e9\n"),
+        ("import os; os.write(1, b'\\xff\\n')", "ok", "\\xff\n"),
+        ("import os; os.write(2, b'half')\nos.kill(os.getpid(), 6)", "killed", "half\n[Killed by "),
+        (
+            "import sys\nfor i in 1, 2:\n print(i); print(-i, file=sys.stderr)",
+            "ok",
+            "1\n-1\n2\n-2\n",
+        ),
+        ("if __name__ == '__main__': print('main')", "ok", "main\n"),
+        ("import threading\nthreading.Timer(.1, print, ['late']).start()", "ok", "late\n"),
+        ("import atexit; atexit.register(print, 'bye')", "ok", "bye\n"),
+    ],
+)
+def test_status_and_output(sandbox, code, status, output):
+    result = sandbox.run(code)
+    assert (result.status, result.output[: len(output)]) == (status, output)
+    assert output or result.output == ""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "x = [0] * 10**9",
+        "x = []\nwhile True: x.append(bytearray(1 << 20))",
+        "x = []\nwhile True: x.append(str(len(x)))",
+    ],
+)
+def test_memory_reaches_the_code_and_the_status(code):
+    with PythonSandbox(Limits(cpu_seconds=10, memory_mb=64)) as sandbox:
+        result = sandbox.run(code)
+        assert result.status is Status.MEMORY
+        assert result.output.endswith("MemoryError\n")
+        caught = sandbox.run("try: x = [0] * 10**9\nexcept MemoryError: print('caught')")
+        assert (caught.status, caught.output) == ("ok", "caught\n")
+
+
+def test_a_file_cannot_outgrow_its_limit(sandbox):
+    result = sandbox.run("open('f', 'wb').write(b'x' * (2 << 20))")
+    assert result.status is Status.DISK_LIMIT
+    assert "File too large" in result.output
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "1/0",
+        "def f(a):\n    return a[1] + int('x')\nf([1, 2])",
+        "try:\n  1/0\nexcept Exception:\n  foo",
+        "x = = 1",
+        "raise ExceptionGroup('g', [ValueError(1)])",
+        "raise KeyboardInterrupt",
+        "exec('1/0')",
+        "import json\njson.loads('{')",
+    ],
+)
+def test_traceback_is_that_of_plain_python(sandbox, code, tmp_path):
+    path = tmp_path / "cell.py"
+    path.write_text(code)
+    plain = subprocess.run([sys.executable, str(path)], capture_output=True, text=True).stderr
+    result = sandbox.run(code)
+    assert result.status is Status.ERROR
+    assert result.output == plain.replace(str(path), "<cell>")
+
+
+def test_times_are_measured(sandbox):
+    busy = sandbox.run("import time\nwhile time.process_time() < 0.25: pass")
+    assert 0.24 < busy.cpu_seconds < 0.6 and busy.wall_seconds > 0.15
+    idle = sandbox.run("import time; time.sleep(0.3)")
+    assert idle.cpu_seconds < 0.2 and 0.25 < idle.wall_seconds
+    with sandbox.session() as cell:
+        cell.run("import time\nwhile time.process_time() < 0.25: pass")
+        assert cell.run("1").cpu_seconds < 0.1  # of this cell, not of the session
+
+
+def test_time_for_every_cell_anew(sandbox):
+    with sandbox.session() as cell:
+        for _ in range(3):
+            code = "import time; t = time.process_time()\nwhile time.process_time() < t + .3: pass"
+            assert cell.run(code).status is Status.OK
+
+
+def test_head_and_tail_of_long_output_are_kept(sandbox):
+    result = sandbox.run("for i in range(200_000): print(i)")
+    assert result.status is Status.OK
+    assert result.output.startswith("0\n1\n2\n") and result.output.endswith("199998\n199999\n")
+    assert "bytes omitted" in result.output
+    assert 900 < len(result.output) <= LIMITS.output_chars
+
+
+def test_endless_output_is_killed():
+    with PythonSandbox(Limits(cpu_seconds=20, max_output_mb=1, output_chars=256)) as sandbox:
+        result = sandbox.run("while True: print('x' * 1000)")
+        assert result.status is Status.OUTPUT_LIMIT
+        assert result.output.endswith("[Killed: printed more than 1 MB.]\n")
+        assert len(result.output) <= 256
+
+
+def test_output_in_pieces_is_one_valid_string():
+    text = "é€😀x" * 5000
+    data = text.encode()
+    for size in (1, 7, 4096):
+        output = Output(300)
+        for start in range(0, len(data), size):
+            output.feed(data[start : start + size])
+        kept = output.take("[a]", "[b]\n")
+        assert len(kept) <= 300 and "\\x" not in kept
+        head, _, tail = kept.partition("\n... [")
+        assert text.startswith(head.removeprefix("[a]")) and len(head) > 100
+        omitted, _, tail = tail.partition(" bytes omitted] ...\n")
+        tail = tail.removesuffix("\n[b]\n")
+        assert text.endswith(tail) and len(tail) > 100
+        dropped = len(data) - len(head.removeprefix("[a]").encode()) - len(tail.encode())
+        assert abs(dropped - int(omitted)) <= 8
+        assert output.take() == ""  # it starts anew
+
+
+def test_clip():
+    assert clip("abc", 3) == "abc"
+    short = clip("a" * 50 + "b" * 50, 60)
+    assert (
+        len(short) == 60 and short[0] == "a" and short[-1] == "b" and "characters omitted" in short
+    )
+
+
+def test_an_execution_is_alone(sandbox, monkeypatch):
+    sandbox.run("import builtins, os; builtins.leak = 1; open('left', 'w').write('x')")
+    code = "import os, builtins; print(os.listdir('.'), hasattr(builtins, 'leak'), os.getpgrp() == os.getpid())"
+    assert sandbox.run(code).output == "[] False True\n"
+    fds = sandbox.run("import os; print(os.listdir('/proc/self/fd'))").output
+    assert fds == "['0', '1', '2', '3']\n"  # the last is listdir's own
+    assert sandbox.run("import sys; print(sys.stdin.read())").output == "\n"
+
+
+def test_the_environment_is_clean(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    with PythonSandbox(LIMITS) as sandbox:
+        result = sandbox.run(
+            "import os; print(sorted(os.environ)); print(open('/proc/self/environ').read())"
+        )
+        assert "AWS" not in result.output and "hush" not in result.output
+
+
+def test_scratch_directories_are_removed(own):
+    scratch = Path(own._pool.zygote.scratch)
+    deep = "import os\nfor i in range(1200): os.mkdir('d'); os.chdir('d')\nopen('f', 'w')"
+    assert own.run(deep).status is Status.OK
+    assert (
+        own.run("import os; os.mkdir('a'); open('a/f', 'w'); os.chmod('a', 0)").status is Status.OK
+    )
+    assert own.run("import os; os.symlink('/', 'root')").status is Status.OK
+    assert eventually(lambda: not list(scratch.iterdir()))
+    own.close()
+    assert not scratch.exists() and Path("/").exists()
+
+
+def test_session_keeps_state(sandbox):
+    with sandbox.session() as cell, sandbox.session() as other:
+        assert cell.run("x = 20").status is Status.OK
+        assert cell.run("def f(): return x + 1").status is Status.OK
+        assert cell.run("print(f())").output == "21\n"
+        assert "NameError" in other.run("x").output
+        raised = cell.run("y = 1\n1/0")
+        assert raised.status is Status.ERROR and 'File "<cell 4>", line 2' in raised.output
+        assert cell.run("exit(1)").status is Status.ERROR  # ends the cell, not the session
+        assert cell.run("x = [0] * 10**9").status is Status.MEMORY
+        assert cell.run("print(x, y)").output == "20 1\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "note"),
+    [
+        ("while True: pass", "timeout", "CPU time"),
+        ("import time; time.sleep(60)", "timeout", "1.5 s"),
+        ("import os; os.kill(os.getpid(), 9)", "killed", "SIGKILL"),
+        ("import os; os._exit(0)", "error", "exited with code 0"),
+        ("import os; os.write(3, b'garbage')", "protocol_violation", "descriptor"),
+        ("import os; os.closerange(3, 99)", "protocol_violation", "descriptor"),
+        ("import os, struct; os.write(3, struct.pack('<QB', 7, 0))", "protocol_violation", "desc"),
+    ],
+)
+def test_a_session_that_dies_says_so_and_starts_anew(sandbox, code, status, note):
+    with sandbox.session() as cell:
+        cell.run("x = 1")
+        died = cell.run(f"print('before')\n{code}")
+        assert died.status == status and died.output.startswith("before\n") and note in died.output
+        after = cell.run("x")
+        assert after.status is Status.ERROR and "NameError" in after.output
+        assert after.output.startswith(
+            "[The session was restarted: names defined before are gone.]\n"
+        )
+        assert cell.run("print('fine')").output == "fine\n"
+
+
+def test_a_session_that_dies_between_cells_says_so(sandbox):
+    with sandbox.session() as cell:
+        cell.run("import os, threading; threading.Timer(.05, os._exit, [0]).start()")
+        assert eventually(lambda: not any(c.session for c in sandbox._pool._cells.values()))
+        assert cell.run("print(1)").output.startswith("[The session was restarted")
+
+
+def test_closed_session_refuses(sandbox):
+    cell = sandbox.session()
+    pid = int(cell.run("import os; print(os.getpid())").output)
+    cell.close()
+    cell.close()
+    assert eventually(lambda: not alive(pid))
+    with pytest.raises(SandboxUnavailable, match="closed"):
+        cell.run("1")
+
+
+def test_a_forgotten_session_is_closed(sandbox):
+    cell = sandbox.session()
+    pid = int(cell.run("import os; print(os.getpid())").output)
+    del cell
+    assert eventually(lambda: not alive(pid))
+
+
+def test_concurrent_cells_of_one_session_run_in_order(sandbox):
+    async def main():
+        with sandbox.session() as cell:
+            codes = ["x = 0"] + ["x += 1; print(x)"] * 20
+            return await asyncio.gather(*map(cell.arun, codes))
+
+    assert [r.output for r in asyncio.run(main())][1:] == [f"{i}\n" for i in range(1, 21)]
+
+
+def test_200_concurrent_sessions():
+    async def main():
+        with PythonSandbox(Limits()) as sandbox:
+            cells = [sandbox.session() for _ in range(200)]
+            code = "import time; time.sleep(0.4); n = {}"
+            began = time.monotonic()
+            first = await asyncio.gather(*(c.arun(code.format(i)) for i, c in enumerate(cells)))
+            wall = time.monotonic() - began
+            second = await asyncio.gather(*(c.arun("print(n)") for c in cells))
+            return first, second, wall
+
+    first, second, wall = asyncio.run(main())
+    assert {r.status for r in first} == {Status.OK}
+    assert [r.output for r in second] == [f"{i}\n" for i in range(200)]
+    assert wall < 200 * 0.4 / 4  # they overlapped
+
+
+def test_arun_leaves_the_loop_free(sandbox):
+    async def main():
+        task = asyncio.create_task(sandbox.arun("import time; time.sleep(0.3)"))
+        ticks = 0
+        while not task.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        return ticks
+
+    assert asyncio.run(main()) > 10
+
+
+def test_workers_bound_fresh_runs():
+    with PythonSandbox(Limits(), workers=2) as sandbox:
+
+        async def main():
+            code = "import time; print(time.monotonic()); time.sleep(.1); print(time.monotonic())"
+            return await asyncio.gather(*(sandbox.arun(code) for _ in range(6)))
+
+        spans = [tuple(map(float, r.output.split())) for r in asyncio.run(main())]
+        for begin, _ in spans:
+            assert sum(b <= begin < e for b, e in spans) <= 2
+        assert any(b < begin < e for begin, _ in spans for b, e in spans)  # two at a time
+
+
+def test_cancelling_kills_the_code(sandbox, tmp_path):
+    async def main():
+        code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(9)"
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(sandbox.arun(code), 0.3)
+
+    asyncio.run(main())
+    assert eventually(lambda: not alive(int((tmp_path / "pid").read_text())), 1.0)
+
+
+def test_many_threads(sandbox):
+    outputs = []
+    threads = [
+        threading.Thread(target=lambda i=i: outputs.append(sandbox.run(f"print({i})").output))
+        for i in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outputs, key=int) == [f"{i}\n" for i in range(16)]
+
+
+def test_descendants_end_with_the_execution(own):
+    code = textwrap.dedent("""
+        import os, subprocess, sys, time
+        print(subprocess.Popen(["sleep", "60"]).pid)
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                sys.stdout.flush(); os.write(1, f"{os.getpid()}\\n".encode()); time.sleep(60)
+            os._exit(0)
+        time.sleep(0.3)
+    """)
+    result = own.run(code)
+    pids = [int(word) for word in result.output.split()]
+    assert len(set(pids)) == 2 and result.status is Status.OK
+    assert eventually(lambda: not any(map(alive, pids)))
+
+
+def test_a_killed_zygote_is_replaced(own):
+    cell = own.session()
+    cell.run("x = 1")
+    pid = int(cell.run("import os; print(os.getpid())").output)
+    scratch = Path(own._pool.zygote.scratch)
+    timer = threading.Timer(0.2, os.kill, (zygote_pid(own), signal.SIGKILL))
+    timer.start()
+    result = own.run("import time; time.sleep(1)")
+    assert result.status is Status.KILLED and "the sandbox's own process died" in result.output
+    assert own.run("print(2)").output == "2\n"
+    assert own.restarts == 1
+    assert not alive(pid) and not scratch.exists()
+    assert cell.run("print(3)").output.endswith("are gone.]\n3\n")
+
+
+def test_a_stuck_zygote_is_replaced(own, monkeypatch):
+    monkeypatch.setattr("rllib_gtpo.sandbox.pool.KILL_SECONDS", 0.3)
+    assert own.run("1").status is Status.OK
+    cell = own.session()
+    cell.run("1")
+    os.kill(zygote_pid(own), signal.SIGSTOP)
+    assert cell.run("while True: pass").status is Status.TIMEOUT
+    assert own.run("print(2)").output == "2\n" and own.restarts == 1
+
+
+HOST = """
+import os, sys, time
+from rllib_gtpo.sandbox import PythonSandbox
+sandbox = PythonSandbox()
+cell = sandbox.session()
+pid = cell.run("import os; print(os.getpid())").output
+print(sandbox._pool.zygote.pid, pid.strip(), sandbox._pool.zygote.scratch, flush=True)
+if os.fork() == 0:  # keeps the sockets open after the host's death
+    os.close(1); time.sleep(3); os._exit(0)
+sandbox.run("import time; time.sleep(60)")
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_nothing_outlives_the_host(how):
+    with subprocess.Popen([sys.executable, "-c", HOST], stdout=subprocess.PIPE, text=True) as host:
+        try:
+            zygote, child, scratch = host.stdout.readline().split()
+            assert alive(int(zygote)) and alive(int(child))
+            host.send_signal(how)
+            host.wait(10)
+        finally:
+            host.kill()
+        gone = lambda: not alive(int(zygote)) and not alive(int(child))  # noqa: E731
+        assert eventually(gone, 1.0)
+        assert eventually(lambda: not os.path.exists(scratch), 1.0)
+
+
+def test_exit_without_close_leaves_nothing():
+    code = HOST.replace("if os.fork() == 0", "if False").replace(
+        'sandbox.run("import time', "0 and ("
+    )
+    code = code.replace('; time.sleep(60)")', ")").rpartition("0 and")[0]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    zygote, child, scratch = done.stdout.split()
+    assert done.returncode == 0 and not done.stderr
+    assert not alive(int(zygote)) and not alive(int(child)) and not os.path.exists(scratch)
+
+
+def test_close_ends_what_runs(own):
+    cell = own.session()
+    pid = int(cell.run("import os; print(os.getpid())").output)
+    threading.Timer(0.2, own.close).start()
+    with pytest.raises(SandboxUnavailable, match="closed"):
+        own.run("import time; time.sleep(60)")
+    assert not alive(pid)
+    for runner in (own, cell):
+        with pytest.raises(SandboxUnavailable, match="closed"):
+            runner.run("1")
+    own.close()
+
+
+def test_many_executions_leak_no_descriptor(own):
+    def count():
+        return len(os.listdir("/proc/self/fd"))
+
+    own.run("1")
+    before, inside = count(), len(os.listdir(f"/proc/{zygote_pid(own)}/fd"))
+    for _ in range(20):
+        own.run("1")
+        with own.session() as cell:
+            cell.run("1")
+    assert eventually(lambda: count() == before)
+    assert len(os.listdir(f"/proc/{zygote_pid(own)}/fd")) == inside
+
+
+def test_preload_is_imported_once(tmp_path):
+    with PythonSandbox(LIMITS, preload=("decimal",)) as sandbox:
+        assert sandbox.run("import sys; print('decimal' in sys.modules)").output == "True\n"
+        assert sandbox.run("import random; print(random.random())").output != (
+            sandbox.run("import random; print(random.random())").output
+        )
+    with pytest.raises(SandboxUnavailable, match="No module named 'no_such_module'"):
+        PythonSandbox(preload=("no_such_module",))
+
+
+def test_the_host_package_is_out_of_reach(sandbox):
+    assert "No module named 'rllib_gtpo'" in sandbox.run("import rllib_gtpo").output
+    assert "No module named 'child'" in sandbox.run("import child").output
+
+
+def test_guarantees_are_honest(sandbox):
+    enforced = sandbox.guarantees
+    assert enforced["separate process"] and enforced["memory limit"]
+    with contextlib.suppress(FileNotFoundError):
+        reads = sandbox.run("print(open('/etc/passwd').readline())").status is Status.OK
+        assert enforced["file reads"] is not reads
+
+
+def test_a_forked_host_must_make_its_own(own):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            own.run("1")
+        except SandboxUnavailable:
+            os._exit(42)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
+    assert own.run("print(1)").output == "1\n"
+
+
+def test_bad_settings_are_refused():
+    for bad in ({"cpu_seconds": 0}, {"output_chars": 10}, {"cpu_seconds": 2, "wall_seconds": 1}):
+        with pytest.raises(ConfigError, match=r"Limits\."):
+            Limits(**bad)
+    with pytest.raises(ConfigError, match="sequence of names"):
+        PythonSandbox(preload="numpy")
+
+
+def test_import_is_light():
+    code = "import sys, rllib_gtpo.sandbox; print(sorted({'ray', 'torch'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
