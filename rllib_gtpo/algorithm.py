@@ -26,7 +26,7 @@ from rllib_gtpo.cold_start import (
 from rllib_gtpo.config import GRPOConfig, GTPOConfig
 from rllib_gtpo.env_runner import GroupJob
 from rllib_gtpo.episodes import groups_of
-from rllib_gtpo.errors import DataError, EnvironmentFault
+from rllib_gtpo.errors import DataError, EnvironmentFault, Interrupted
 from rllib_gtpo.metrics import rollout_metrics
 from rllib_gtpo.packing import shard_groups
 from rllib_gtpo.progress import Progress
@@ -63,6 +63,7 @@ class GTPO(Algorithm):
         self.progress_made = ProgressMade()
         self._demonstrations: Demonstrations | None = None
         self._stop_requested = False
+        self._evaluated: tuple[int, float] | None = None  # position in training, accuracy
         super().setup(config)
 
     @property
@@ -96,8 +97,6 @@ class GTPO(Algorithm):
                 "tokens/per_s": tokens / (synced - began),
             }
         )
-        if self._stop_requested:
-            self._stop_requested = False
 
     def _sample_groups(self) -> tuple[list[Group], list[Any]]:
         """The next `groups_per_step` usable groups; unusable tasks are replaced by the next ones."""
@@ -204,9 +203,11 @@ class GTPO(Algorithm):
             made.cold_start_steps = done
 
         began = time.perf_counter()
-        metrics = run_cold_start(
-            self, start, made.cold_start_steps, on_step, self.stop_requested
-        )
+        try:
+            metrics = run_cold_start(self, start, made.cold_start_steps, on_step, self.stop_requested)
+        except Interrupted:
+            self._stop_requested = False
+            raise
         made.cold_start_done = True
         self._demonstrations = None
         self.sync_weights()
@@ -232,7 +233,16 @@ class GTPO(Algorithm):
     def evaluate(self, parallel_train_future: Any = None) -> Any:
         """RLlib's evaluation, after the cold start."""
         self.run_cold_start_once()
-        return super().evaluate(parallel_train_future)
+        results = super().evaluate(parallel_train_future)
+        self._evaluated = (self.progress_made.next_position, float(results["accuracy"]))
+        return results
+
+    def _held_out_accuracy_now(self) -> float:
+        """The accuracy of the current weights; measured only if that has not just been done."""
+        if self._evaluated is None or self._evaluated[0] != self.progress_made.next_position:
+            self.evaluate()
+        assert self._evaluated is not None
+        return self._evaluated[1]
 
     # Hooks of the run loop.
 
@@ -248,13 +258,13 @@ class GTPO(Algorithm):
         """Cold start, then the accuracy that training starts from."""
         self.run_cold_start_once()
         if self.config.evaluation_interval and self.progress_made.accuracy_before is None:
-            self.progress_made.accuracy_before = self.evaluate()["accuracy"]
+            self.progress_made.accuracy_before = self._held_out_accuracy_now()
             print(f"held-out accuracy before RL: {self.progress_made.accuracy_before:.3f}", flush=True)
 
     def on_run_end(self) -> None:
         """The accuracy that training ends with."""
         if self.config.evaluation_interval:
-            self.progress_made.accuracy_after = self.evaluate()["accuracy"]
+            self.progress_made.accuracy_after = self._held_out_accuracy_now()
 
     @property
     def held_out_accuracy(self) -> tuple[float, float] | None:

@@ -43,11 +43,6 @@ _LOG_MESSAGES: tuple[tuple[str, str, str], ...] = (
         "Install gputil",
         "RLlib starts the monitor by itself; the package is unmaintained",
     ),
-    (
-        "ray.util.placement_group",
-        "Not able to pack",
-        "a hint about nodes that one machine cannot follow",
-    ),
 )
 
 _WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
@@ -58,14 +53,9 @@ _WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
         "about an environment variable that Ray sets for its own workers",
     ),
     (
-        r".*The `process_trial_save`",
-        DeprecationWarning,
-        "Tune's own callbacks",
-    ),
-    (
-        r".*precision lowered by casting to float32",
+        r".*WARN: Overriding environment rllib-",
         UserWarning,
-        "gymnasium, about the bounds of a space whose values do not change",
+        "RLlib registers its own wrapper again for each runner, also for evaluation",
     ),
 )
 

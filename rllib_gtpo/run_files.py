@@ -135,9 +135,10 @@ def _import(path: Path) -> ModuleType:
 
 
 def _import_message(path: Path, error: BaseException) -> str:
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    own = str(path.absolute())  # as importlib names it
+    if isinstance(error, SyntaxError) and error.filename == own:
         return f"{path}:{error.lineno}: SyntaxError: {error.msg}"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == own]
     place = f"{path}:{frames[-1].lineno}" if frames else str(path)
     return f"{place}: {type(error).__name__}: {error}"
 

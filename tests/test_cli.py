@@ -58,21 +58,8 @@ def test_no_command_prints_help(capsys):
 
 
 def test_repeated_options_collect():
-    args = build_parser().parse_args(
-        [
-            "train",
-            "file",
-            "x.py",
-            "--stop",
-            "a=1",
-            "--stop",
-            "b/c=2",
-            "--override",
-            "lr=1e-4",
-            "--checkpoint-freq",
-            "0",
-        ]
-    )
+    options = ["--stop", "a=1", "--stop", "b/c=2", "--override", "lr=1e-4"]
+    args = build_parser().parse_args(["train", "file", "x.py", *options, "--checkpoint-freq", "0"])
     assert args.stop == ["a=1", "b/c=2"]
     assert args.override == ["lr=1e-4"]
     assert args.checkpoint_freq == 0
@@ -196,7 +183,7 @@ class TestStopCriteria:
         ("  run: PPO\n", "", "task.yaml:1: 'tiny' needs `run: ALGORITHM`"),
         ("1}", "soon}", "the threshold of 'training_iteration' must be a number"),
         ("lr: 1e-4", "lr: [1", "task.yaml:8: not valid YAML"),
-        ("lr: 1e-4", "num_workers: -3", "num_env_runners"),
+        ("lr: 1e-4", "minibatch_size: 999999", "minibatch_size"),
         (
             "lr: 1e-4",
             "model_config: {fcnet_hidden: [8]}",

@@ -163,10 +163,10 @@ def test_yaml_run_files_resume_and_completion(folder, capsys):
     assert "already complete" in capsys.readouterr().out
     assert len(rows(run)) == 2
 
+    before = rows(run)[1]
     # A later stop criterion goes on counting, in the same files; rows of a killed run are dropped.
     with (run / "result.json").open("a") as file:
         file.write('{"training_iteration": 3}\n{"training_iter')
-    before = rows(run)[:0] or json.loads((run / "result.json").read_text().splitlines()[1])
     assert train("tiny.yaml", "--resume", str(run), "--stop", "training_iteration=4") == 0
     assert [r["training_iteration"] for r in rows(run)] == [1, 2, 3, 4]
     after = rows(run)[2]
@@ -222,7 +222,8 @@ def test_python_file_hooks_overrides_and_retention(folder, capsys):
     assert "already holds a run" in capsys.readouterr().err
     assert train("tiny.yaml", "--resume", "a run") == 2
     assert "is a run of" in capsys.readouterr().err
-    (run / "checkpoint_000003" / "progress.json").unlink()
+    for checkpoint in run.glob("checkpoint_*"):
+        (checkpoint / "progress.json").unlink()
     assert train("task.py", "--resume", "a run") == 2
     assert "no complete checkpoint" in capsys.readouterr().err
 
@@ -353,6 +354,7 @@ def test_first_ctrl_c_saves_and_the_run_continues(folder, capsys):
     assert "line 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_second_ctrl_c_quits_at_once(folder):
     wish = ["--override", "env_config.hang=true"]
     process = Process(folder, "--out", "r", "--checkpoint-freq", "1", *wish)

@@ -57,13 +57,13 @@ def _enter(out: int, scratch: str, parent: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    sys.stdout = sys.__stdout__ = _stream(1)  # type: ignore[misc]
-    sys.stderr = sys.__stderr__ = _stream(2)  # type: ignore[misc]
+    sys.stdout = sys.__stdout__ = _stream(1)  # type: ignore[assignment,misc]
+    sys.stderr = sys.__stderr__ = _stream(2)  # type: ignore[assignment,misc]
     os.mkdir(scratch, 0o700)
     os.chdir(scratch)
     os.environ["HOME"] = os.environ["TMPDIR"] = scratch
     if "tempfile" in sys.modules:
-        sys.modules["tempfile"].tempdir = None
+        vars(sys.modules["tempfile"])["tempdir"] = None
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()  # fork copies its state; `random` reseeds itself
     try:
@@ -122,7 +122,10 @@ def _serve(sock: socket.socket, memory: int, limits: dict[str, Any]) -> None:
     variables = _main_module()
     count = 0
     while True:
-        message, fds, _, _ = socket.recv_fds(sock, 8, 1)
+        try:
+            message, fds, _, _ = socket.recv_fds(sock, 8, 1)
+        except OSError:
+            os._exit(EXIT_SETUP)  # the code closed the descriptor
         if not message:
             os._exit(EXIT_OK)
         count += 1
@@ -131,7 +134,10 @@ def _serve(sock: socket.socket, memory: int, limits: dict[str, Any]) -> None:
             _limit_cpu(limits["cpu_seconds"])
         status = _execute(code, f"<cell {count}>", variables, memory)
         _flush()
-        sock.send(REPLY.pack(int.from_bytes(message, "little"), status))
+        try:
+            sock.send(REPLY.pack(int.from_bytes(message, "little"), status))
+        except OSError:
+            os._exit(EXIT_SETUP)
 
 
 def _execute(code: str, name: str, variables: dict[str, Any], memory: int) -> int:

@@ -1,4 +1,4 @@
-"""Executions and sessions on one zygote: queueing, deadlines, outcomes, healing.  Hub's thread only."""
+"""Executions and sessions on one zygote: queueing, deadlines, outcomes.  Hub's thread only."""
 
 from __future__ import annotations
 
@@ -13,85 +13,28 @@ import termios
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from functools import partial
 
-from rllib_gtpo.sandbox.child import EXIT_DISK, EXIT_MEMORY, EXIT_OK, EXIT_SETUP, REPLY
+from rllib_gtpo.sandbox.cells import (
+    CLOSED,
+    CODES,
+    RESTARTED,
+    Cell,
+    Job,
+    SessionState,
+    cpu_time,
+    judge,
+    memory_file,
+    queued_time,
+)
+from rllib_gtpo.sandbox.child import REPLY
 from rllib_gtpo.sandbox.hub import Hub
 from rllib_gtpo.sandbox.limits import Limits, SandboxResult, SandboxUnavailable, Status
-from rllib_gtpo.sandbox.output import Output
 from rllib_gtpo.sandbox.spawn import ZygoteProcess
 
 KILL_SECONDS = 10.0  # how long a kill may take before the zygote itself counts as stuck
-RESTARTED = "[The session was restarted: names defined before are gone.]\n"
-CODES = {EXIT_OK: Status.OK, EXIT_MEMORY: Status.MEMORY, EXIT_DISK: Status.DISK_LIMIT}
-
-
-def cpu_time(pid: int) -> float:
-    """CPU seconds that the process used, all threads, by the kernel's clock; 0 if it is gone."""
-    try:
-        return time.clock_gettime((~pid << 3) | 2)
-    except OSError:
-        return 0.0
-
-
-def queued_time(pid: int) -> float:
-    """Seconds that the process was ready to run but had no core; 0 where the kernel does not say."""
-    try:
-        with open(f"/proc/{pid}/schedstat") as f:
-            return int(f.read().split()[1]) / 1e9
-    except (OSError, IndexError, ValueError):
-        return 0.0
-
-
-class Job:
-    """One piece of code to run, and the future that receives its result."""
-
-    __slots__ = ("code", "cpu", "future", "nonce", "queued", "started")
-
-    def __init__(self, code: str) -> None:
-        self.code = code
-        self.future: Future[SandboxResult] = Future()
-        self.nonce = 0
-        self.started = self.cpu = self.queued = 0.0
-
-    def fail(self, problem: str) -> None:
-        """The host could not run it."""
-        try:
-            self.future.set_exception(SandboxUnavailable(problem))
-        except InvalidStateError:
-            return  # cancelled meanwhile
-
-    def finish(self, result: SandboxResult) -> None:
-        """It ran."""
-        try:
-            self.future.set_result(result)
-        except InvalidStateError:
-            return
-
-
-class Cell:
-    """One forked process: of one fresh run, or of a session until it dies."""
-
-    def __init__(self, number: int, session: SessionState | None, limits: Limits) -> None:
-        self.number, self.session = number, session
-        self.output = Output(limits.output_chars)
-        self.job: Job | None = None
-        self.pid = 0  # 0 until the zygote has forked it
-        self.pipe = -1
-        self.socket: socket.socket | None = None  # a session's
-        self.verdict: tuple[Status, str] | None = None  # why the host killed it
-        self.timer = False
-
-
-class SessionState:
-    """A session across the deaths of its processes.  Cells run one after the other."""
-
-    def __init__(self) -> None:
-        self.cell: Cell | None = None
-        self.jobs: deque[Job] = deque()
-        self.note = ""  # what the next result must say first
-        self.closed = False
+CLOSED_SECONDS = 0.5  # how long a report of death may come after the end of the socket
 
 
 class Pool:
@@ -261,7 +204,7 @@ class Pool:
         fds: list[int] = []
         try:
             if job is not None:
-                fds.append(_memory_file(job.code))
+                fds.append(memory_file(job.code))
             else:
                 cell.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 cell.socket.setblocking(False)
@@ -288,7 +231,7 @@ class Pool:
         assert cell.socket is not None
         job.nonce = int.from_bytes(os.urandom(8), "little")
         cell.job = job
-        fd = _memory_file(job.code)
+        fd = memory_file(job.code)
         try:
             socket.send_fds(cell.socket, [job.nonce.to_bytes(8, "little")], [fd])
         except (BrokenPipeError, ConnectionResetError):
@@ -335,14 +278,14 @@ class Pool:
         self._kill(cell, Status.TIMEOUT, note)
 
     def _kill(self, cell: Cell, status: Status, note: str) -> None:
-        if cell.verdict is None and self.zygote is not None:
+        if cell.verdict is None and cell.number in self._cells and self.zygote is not None:
             cell.verdict = (status, note)
             self.zygote.kill_cell(cell.number)
             self.hub.after(KILL_SECONDS, partial(self._check_killed, cell))
 
     def _check_killed(self, cell: Cell) -> None:
         if cell.number in self._cells and self.zygote is not None:
-            self.zygote.kill()
+            self.zygote.kill(wait=0.0)
 
     # Outcomes.
 
@@ -384,7 +327,7 @@ class Pool:
             self.hub.unwatch(cell.socket.fileno())
             cell.socket.close()
             cell.socket = None
-            self._kill(cell, Status.PROTOCOL_VIOLATION, "[Killed: closed a descriptor of ours.]")
+            self.hub.after(CLOSED_SECONDS, partial(self._kill, cell, *CLOSED))
             return
         job = cell.job
         if job is None or len(data) != REPLY.size or REPLY.unpack(data)[0] != job.nonce:
@@ -411,7 +354,7 @@ class Pool:
         del self._cells[cell.number]
         had_job = cell.job is not None
         if had_job:
-            status, note = self._judge(cell, wait_status, cpu)
+            status, note = judge(cell, wait_status, self.limits)
             self._finish(cell, status, note, cpu)
         session = cell.session
         if session is None:
@@ -421,31 +364,6 @@ class Pool:
             session.cell = None
             session.note = RESTARTED
             self._next_cell(session)
-
-    def _judge(self, cell: Cell, wait_status: int, cpu: float) -> tuple[Status, str]:
-        """The status of a job whose process ended, from the kernel's wait status and our verdict."""
-        if cell.verdict is not None and cell.verdict[0] is Status.OUTPUT_LIMIT:
-            return cell.verdict  # also where it ended by itself before the signal came
-        if os.WIFEXITED(wait_status):
-            code = os.WEXITSTATUS(wait_status)
-            if cell.session is not None:
-                return Status.ERROR, f"[The session's process exited with code {code}.]"
-            if code == EXIT_SETUP:
-                return Status.KILLED, "[Killed: the process could not be set up.]"
-            return CODES.get(code, Status.ERROR), ""
-        number = os.WTERMSIG(wait_status)
-        if number == signal.SIGKILL and cell.verdict is not None:
-            return cell.verdict
-        if number == signal.SIGXCPU:
-            seconds = self.limits.cpu_seconds
-            return Status.TIMEOUT, f"[Timed out after {seconds:g} s of CPU time.]"
-        if number == signal.SIGXFSZ:
-            return Status.DISK_LIMIT, f"[Killed: a file grew past {self.limits.file_mb} MB.]"
-        try:
-            name = signal.Signals(number).name
-        except ValueError:
-            name = f"signal {number}"
-        return Status.KILLED, f"[Killed by {name}.]"
 
     def _finish(self, cell: Cell, status: Status, note: str, cpu: float) -> None:
         job = cell.job
@@ -458,16 +376,3 @@ class Pool:
         wall = time.monotonic() - job.started if job.started else math.nan
         output = cell.output.take(before, note + "\n" if note else "")
         job.finish(SandboxResult(status, output, cpu, 0.0 if math.isnan(wall) else wall))
-
-
-def _memory_file(code: str) -> int:
-    """A descriptor of a memory file that holds `code`."""
-    fd = os.memfd_create("code", os.MFD_CLOEXEC)
-    try:
-        data = memoryview(code.encode("utf-8", "surrogatepass"))
-        while data:
-            data = data[os.write(fd, data) :]
-    except OSError:
-        os.close(fd)
-        raise
-    return fd

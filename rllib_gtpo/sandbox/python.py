@@ -13,8 +13,9 @@ from types import MappingProxyType, TracebackType
 from typing import Self
 
 from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.sandbox.cells import Job, SessionState
 from rllib_gtpo.sandbox.limits import Limits, SandboxResult, SandboxUnavailable
-from rllib_gtpo.sandbox.pool import Job, Pool, SessionState
+from rllib_gtpo.sandbox.pool import Pool
 
 GUARANTEES: Mapping[str, bool] = MappingProxyType(
     {

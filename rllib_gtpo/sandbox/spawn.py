@@ -170,15 +170,20 @@ class ZygoteProcess:
                 self._on_event(op, cell, number, seconds)
         self._flush()
 
-    def kill(self, problem: str = "it was closed") -> None:
-        """End it and everything that it forked, and remove its files."""
+    def kill(self, problem: str = "it was closed", wait: float = 2.0) -> None:
+        """End it and everything that it forked, and remove its files.
+
+        It gets `wait` seconds to do so itself.
+        """
         if self.dead:
             return
         self.dead = True
         self._hub.unwatch(self._socket.fileno())
-        self._socket.close()  # its signal to kill, tidy up and leave
+        with contextlib.suppress(OSError):  # its signal to kill, tidy up and leave, also if a
+            self._socket.shutdown(socket.SHUT_RDWR)  # forked host has a copy of the socket
+        self._socket.close()
         try:
-            self._process.wait(2.0)
+            self._process.wait(wait)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

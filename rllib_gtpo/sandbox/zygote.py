@@ -8,6 +8,7 @@ descriptors, so that no execution inherits anything of another.  It never waits 
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -22,6 +23,7 @@ import stat
 import struct
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 REQUEST = struct.Struct("<cQ")  # "F"resh, "S"ession or "K"ill; the cell's id
@@ -38,38 +40,53 @@ def sweep(top: str) -> None:
     Subdirectories are moved up beside each other before they are emptied, so that neither the
     recursion limit nor the longest path name matters.
     """
-    queue, count = [top], 0
     shelf = top + ".sweep"
-    try:
+    with contextlib.suppress(OSError):
         os.mkdir(shelf, 0o700)
+    try:
+        shelf_fd = os.open(shelf, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
-        pass
+        return
+    queue, count = [top], 0
     while queue:
         directory = queue.pop()
-        try:
-            os.chmod(directory, 0o700)
-            names = os.listdir(directory)
-        except OSError:
-            continue
-        for name in names:
-            path = os.path.join(directory, name)
+        for name, fd in _entries(directory):
             try:
-                if stat.S_ISDIR(os.lstat(path).st_mode):
+                if stat.S_ISDIR(os.lstat(name, dir_fd=fd).st_mode):
                     count += 1
-                    os.rename(path, os.path.join(shelf, str(count)))
+                    os.rename(name, str(count), src_dir_fd=fd, dst_dir_fd=shelf_fd)
                     queue.append(os.path.join(shelf, str(count)))
                 else:
-                    os.unlink(path)
+                    os.unlink(name, dir_fd=fd)
             except OSError:
                 continue
-        try:
+        with contextlib.suppress(OSError):
             os.rmdir(directory)
-        except OSError:
-            continue
-    try:
+    os.close(shelf_fd)
+    with contextlib.suppress(OSError):
         os.rmdir(shelf)
+    with contextlib.suppress(OSError):  # what took the name of a directory, never what it points at
+        os.unlink(top)
+
+
+def _entries(directory: str) -> Iterator[tuple[str, int]]:
+    """The names in `directory` with a descriptor of it; none if it is a symbolic link."""
+    try:
+        path_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
-        pass
+        return
+    fd = -1
+    try:
+        os.chmod(f"/proc/self/fd/{path_fd}", 0o700)
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=path_fd)
+        for name in os.listdir(fd):
+            yield name, fd
+    except OSError:
+        return
+    finally:
+        os.close(path_fd)
+        if fd >= 0:
+            os.close(fd)
 
 
 class Zygote:
@@ -99,14 +116,13 @@ class Zygote:
 
     def serve(self) -> None:
         """Handle events until the host closes the control socket or dies."""
+        gone = select.EPOLLIN | select.EPOLLHUP  # or there is a request
         while True:
             for fd, events in self.poll.poll():
                 if fd == self.signals:
                     os.read(self.signals, 4096)
                     self.reap()
-                elif fd == self.host:
-                    return
-                elif events & (select.EPOLLIN | select.EPOLLHUP) and not self.receive():
+                elif fd == self.host or (events & gone and not self.receive()):
                     return
             self.flush()
 

@@ -63,9 +63,9 @@ class PythonSession:
         """
         if self._session is None and not self._closed:
             key = (os.getpid(), self._limits, self._preload)
-            sandbox = _sandboxes.get(key) or await asyncio.to_thread(
-                shared_sandbox, self._limits, self._preload
-            )
+            sandbox = _sandboxes.get(key)
+            if sandbox is None:  # to start one takes a while
+                sandbox = await asyncio.to_thread(shared_sandbox, self._limits, self._preload)
             if self._session is None and not self._closed:  # another call may have been faster
                 self._session = sandbox.session()
         if self._session is None:

@@ -202,8 +202,8 @@ def _schema_of(hint: Any, where: str) -> dict[str, Any]:
     if origin in (Union, types.UnionType):
         return {"anyOf": [_schema_of(a, where) for a in args]}
     raise ToolSchemaError(
-        f"{where}: {hint!r} has no JSON schema here; use str, int, float, bool, None, Any, Literal, "
-        "list[...], dict[str, ...] or a union of these."
+        f"{where}: {hint!r} has no JSON schema here; use str, int, float, bool, None, Any, "
+        "Literal, list[...], dict[str, ...] or a union of these."
     )
 
 

@@ -414,7 +414,7 @@ def on_learners(shards: list[Batch], **options: Any) -> list[TurnCredit]:
             barrier.wait(timeout=10)
             total = torch.stack(posted).sum(0)
             barrier.wait(timeout=10)
-            if rank % 2:
+            if rank % 2 == 0:
                 return total  # by value
             tensor.copy_(total)
             return None  # in place, as torch.distributed does

@@ -135,7 +135,7 @@ def test_times_are_measured(sandbox):
     busy = sandbox.run("import time\nwhile time.process_time() < 0.25: pass")
     assert 0.24 < busy.cpu_seconds < 0.6 and busy.wall_seconds > 0.15
     idle = sandbox.run("import time; time.sleep(0.3)")
-    assert idle.cpu_seconds < 0.2 and 0.25 < idle.wall_seconds
+    assert idle.cpu_seconds < 0.2 and idle.wall_seconds > 0.25
     with sandbox.session() as cell:
         cell.run("import time\nwhile time.process_time() < 0.25: pass")
         assert cell.run("1").cpu_seconds < 0.1  # of this cell, not of the session
@@ -186,14 +186,16 @@ def test_output_in_pieces_is_one_valid_string():
 def test_clip():
     assert clip("abc", 3) == "abc"
     short = clip("a" * 50 + "b" * 50, 60)
-    assert (
-        len(short) == 60 and short[0] == "a" and short[-1] == "b" and "characters omitted" in short
-    )
+    assert 58 <= len(short) <= 60 and short[0] == "a" and short[-1] == "b"
+    assert "74 characters omitted" in short
 
 
-def test_an_execution_is_alone(sandbox, monkeypatch):
+def test_an_execution_is_alone(sandbox):
     sandbox.run("import builtins, os; builtins.leak = 1; open('left', 'w').write('x')")
-    code = "import os, builtins; print(os.listdir('.'), hasattr(builtins, 'leak'), os.getpgrp() == os.getpid())"
+    code = (
+        "import os, builtins\n"
+        "print(os.listdir('.'), hasattr(builtins, 'leak'), os.getsid(0) == os.getpid())"
+    )
     assert sandbox.run(code).output == "[] False True\n"
     fds = sandbox.run("import os; print(os.listdir('/proc/self/fd'))").output
     assert fds == "['0', '1', '2', '3']\n"  # the last is listdir's own
@@ -220,6 +222,24 @@ def test_scratch_directories_are_removed(own):
     assert eventually(lambda: not list(scratch.iterdir()))
     own.close()
     assert not scratch.exists() and Path("/").exists()
+
+
+def test_cleaning_up_follows_no_link(own, tmp_path):
+    keep = tmp_path / "keep"
+    keep.mkdir()
+    (keep / "precious").write_text("x")
+    code = f"""
+        import os
+        here = os.getcwd()
+        os.symlink({str(keep)!r}, "link")
+        os.mkdir("d"); os.symlink({str(keep)!r}, "d/link")
+        os.rename(here, here + "-moved"); os.symlink({str(keep)!r}, here)
+    """
+    assert own.run(textwrap.dedent(code)).status is Status.OK
+    scratch = Path(own._pool.zygote.scratch)
+    assert eventually(lambda: [p.name for p in scratch.iterdir()] == ["1-moved"])
+    own.close()
+    assert not scratch.exists() and (keep / "precious").read_text() == "x"
 
 
 def test_session_keeps_state(sandbox):
@@ -337,7 +357,8 @@ def test_workers_bound_fresh_runs():
 
 def test_cancelling_kills_the_code(sandbox, tmp_path):
     async def main():
-        code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(9)"
+        path = str(tmp_path / "pid")
+        code = f"import os, time; open({path!r}, 'w').write(str(os.getpid())); time.sleep(9)"
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(sandbox.arun(code), 0.3)
 
@@ -405,17 +426,21 @@ import os, sys, time
 from rllib_gtpo.sandbox import PythonSandbox
 sandbox = PythonSandbox()
 cell = sandbox.session()
-pid = cell.run("import os; print(os.getpid())").output
-print(sandbox._pool.zygote.pid, pid.strip(), sandbox._pool.zygote.scratch, flush=True)
+pid = cell.run("import os; print(os.getpid())").output.strip()
+"""
+REPORT = """
+print(sandbox._pool.zygote.pid, pid, sandbox._pool.zygote.scratch, flush=True)
+"""
+FORK = """
 if os.fork() == 0:  # keeps the sockets open after the host's death
     os.close(1); time.sleep(3); os._exit(0)
-sandbox.run("import time; time.sleep(60)")
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_nothing_outlives_the_host(how):
-    with subprocess.Popen([sys.executable, "-c", HOST], stdout=subprocess.PIPE, text=True) as host:
+    code = HOST + FORK + REPORT + "sandbox.run('import time; time.sleep(60)')"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as host:
         try:
             zygote, child, scratch = host.stdout.readline().split()
             assert alive(int(zygote)) and alive(int(child))
@@ -429,10 +454,7 @@ def test_nothing_outlives_the_host(how):
 
 
 def test_exit_without_close_leaves_nothing():
-    code = HOST.replace("if os.fork() == 0", "if False").replace(
-        'sandbox.run("import time', "0 and ("
-    )
-    code = code.replace('; time.sleep(60)")', ")").rpartition("0 and")[0]
+    code = HOST + REPORT
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
     zygote, child, scratch = done.stdout.split()
     assert done.returncode == 0 and not done.stderr

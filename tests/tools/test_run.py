@@ -150,7 +150,7 @@ def test_threads_are_reused_and_hung_ones_replaced():
     release = threading.Event()
 
     async def main():
-        who = Tool.from_function(threading.get_ident, name="who")
+        who = Tool.from_function(lambda: threading.get_ident(), name="who")
         hang = Tool.from_function(lambda: release.wait(10), name="hang")
         ids = {(await run_tool(who, {}, timeout=5, output_chars=99)).content for _ in range(20)}
         hung = await asyncio.gather(

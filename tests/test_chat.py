@@ -1,0 +1,168 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rllib_gtpo.chat import ChatCodec, FencedFormat, HermesFormat, call_format
+from rllib_gtpo.errors import ChatTemplateError, ConfigError
+from rllib_gtpo.models import build_tokenizer
+
+PYTHON = {
+    "type": "function",
+    "function": {
+        "name": "python",
+        "description": "",
+        "parameters": {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]},
+    },
+}
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@pytest.fixture(scope="module")
+def codec() -> ChatCodec:
+    return ChatCodec(build_tokenizer(), "fenced")
+
+
+class TestCodec:
+    def test_stop_token_is_the_one_that_closes_an_assistant_turn(self, codec):
+        assert codec.tokenizer.decode([codec.end_of_turn_id]) == "<|im_end|>"
+        assert codec.end_of_turn_id in codec.stop_token_ids
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.lists(st.tuples(TEXT, st.lists(TEXT, min_size=1, max_size=2)), min_size=1, max_size=4), TEXT)
+    def test_prompts_and_deltas_are_the_templates_own_rendering(self, codec, turns, last):
+        """The stream that a rollout builds decodes to what the template renders for the transcript."""
+        messages = [{"role": "user", "content": "question"}]
+        ids = codec.prompt_ids(messages)
+        for said, answers in turns:
+            tool = [{"role": "tool", "content": a} for a in answers]
+            ids += [*codec.tokenizer.encode(said, add_special_tokens=False), codec.end_of_turn_id]
+            ids += codec.delta_ids(tool)
+            messages += [{"role": "assistant", "content": said}, *tool]
+        rendered = codec.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert codec.tokenizer.decode(ids) == rendered
+
+    def test_a_demonstration_is_the_stream_of_a_rollout_and_only_the_assistant_is_trained(self, codec):
+        prompt = [{"role": "user", "content": "1+1"}]
+        demonstration = [
+            {"role": "assistant", "content": "```python\nprint(1+1)\n```"},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "2"},
+        ]
+        ids, trained = codec.conversation_ids(prompt, demonstration)
+        sampled = codec.tokenizer.decode([i for i, t in zip(ids, trained, strict=True) if t])
+        assert sampled == "```python\nprint(1+1)\n```<|im_end|>2<|im_end|>"
+        whole = codec.tokenizer.apply_chat_template([*prompt, *demonstration], tokenize=False)
+        assert codec.tokenizer.decode(ids) + "\n" == whole
+
+    def test_decode_drops_the_stop_token_only(self, codec):
+        ids = codec.tokenizer.encode("abc", add_special_tokens=False)
+        assert codec.decode([*ids, codec.end_of_turn_id]) == "abc"
+        assert codec.decode(ids) == "abc"
+
+    def test_no_template_is_refused_with_the_remedy(self):
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = None
+        with pytest.raises(ChatTemplateError, match="chat_template="):
+            ChatCodec(tokenizer)
+
+    @pytest.mark.parametrize(
+        ("rewrite", "reason"),
+        [
+            ("message['content'] | upper", "verbatim"),
+            ("message['content'] if loop.last else 'cut'", "changes an assistant's message"),
+            ("(message['content'] ~ ' ') if loop.index == 2 else message['content']", "special|exactly"),
+        ],
+    )
+    def test_a_template_that_rewrites_is_refused(self, rewrite, reason):
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", f"({rewrite})")
+        with pytest.raises(ChatTemplateError, match=reason):
+            ChatCodec(tokenizer)
+
+    def test_a_template_that_trims_earlier_turns_is_refused(self):
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = tokenizer.chat_template.replace(
+            "message['content']", "(message['content'] if messages | length - loop.index < 3 else 'x')"
+        )
+        with pytest.raises(ChatTemplateError, match="cannot be continued exactly"):
+            ChatCodec(tokenizer)
+
+    def test_a_template_without_a_tool_role_is_refused(self):
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = (
+            "{% for message in messages %}{% if message['role'] == 'tool' %}"
+            "{{ raise_exception('no tools here') }}{% endif %}"
+            "{{ message['content'] + '<|im_end|>' }}{% endfor %}"
+        )
+        with pytest.raises(ChatTemplateError, match="no tools here"):
+            ChatCodec(tokenizer)
+
+
+class TestFenced:
+    def parse(self, text):
+        return FencedFormat().parse(text, [PYTHON])
+
+    def test_a_block_in_a_tools_language_is_a_call(self):
+        turn = self.parse("Let me see.\n```python\nprint(1)\n```")
+        (call,) = turn.calls
+        assert (call.name, call.arguments, call.error) == ("python", {"code": "print(1)"}, None)
+        assert turn.content == "Let me see."
+
+    def test_several_calls_in_order(self):
+        turn = self.parse("```python\na\n```\n```python\nb\n```")
+        assert [c.arguments["code"] for c in turn.calls] == ["a", "b"]
+
+    def test_plain_text_is_an_answer(self):
+        assert self.parse("42").calls == []
+
+    def test_an_unclosed_block_is_invalid(self):
+        (call,) = self.parse("```python\nprint(1)").calls
+        assert "not closed" in call.error
+
+    def test_a_wrong_language_is_invalid_only_as_the_end_of_the_turn(self):
+        (call,) = self.parse("```pyton\nprint(1)\n```").calls
+        assert "not a tool" in call.error and "```python" in call.error
+        assert self.parse("like ```json\n{}\n``` says: 3").calls == []
+
+    def test_code_in_thinking_is_no_call(self):
+        turn = self.parse("<think>```python\nx\n```</think>7")
+        assert (turn.calls, turn.content) == ([], "7")
+        assert "```python" in turn.thinking
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.text(alphabet="`python\n ab<>{}\"", max_size=60))
+    def test_any_text_parses(self, text):
+        for call in self.parse(text).calls:
+            assert call.raw in text
+
+
+class TestHermes:
+    def parse(self, text):
+        return HermesFormat().parse(text, [PYTHON])
+
+    def test_a_call(self):
+        body = json.dumps({"name": "python", "arguments": {"code": "1"}})
+        turn = self.parse(f"so\n<tool_call>\n{body}\n</tool_call>")
+        assert turn.calls[0].arguments == {"code": "1"} and turn.calls[0].error is None
+        assert turn.content == "so"
+
+    @pytest.mark.parametrize(
+        ("text", "why"),
+        [
+            ("<tool_call>{}", "not closed"),
+            ("<tool_call>{oops}</tool_call>", "not JSON"),
+            ("<tool_call>[1]</tool_call>", "must be"),
+            ('<tool_call>{"name": "python", "arguments": "x"}</tool_call>', "must be an object"),
+            ("<tool_call>" + "[" * 100_000 + "</tool_call>", "not JSON"),
+        ],
+    )
+    def test_what_cannot_be_read_is_an_invalid_call_that_says_why(self, text, why):
+        (call,) = self.parse(text).calls
+        assert why in call.error
+
+
+def test_an_unknown_format_names_the_known_ones():
+    with pytest.raises(ConfigError, match="hermes, fenced"):
+        call_format("xml")

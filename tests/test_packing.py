@@ -1,0 +1,91 @@
+"""Token masks, with lists that a person can check."""
+
+import pytest
+import torch
+
+from rllib_gtpo.packing import (
+    TokenSequence,
+    collate,
+    empty_batch,
+    micro_batches,
+    shard_groups,
+    token_sequences,
+)
+from rllib_gtpo.types import Group, Trajectory, Turn
+
+
+def two_turns() -> Trajectory:
+    return Trajectory(
+        task={},
+        turns=[
+            Turn(0, prompt_ids=[7, 8], token_ids=[5, 6], logprobs=[-0.5, -0.6]),
+            Turn(1, prompt_ids=[9], token_ids=[4], logprobs=[-0.4]),
+        ],
+    )
+
+
+def one_turn() -> Trajectory:
+    return Trajectory(task={}, turns=[Turn(0, prompt_ids=[1], token_ids=[2, 3], logprobs=[-0.2, -0.3])])
+
+
+def test_a_trajectory_is_one_stream_whose_tokens_know_their_turn():
+    first, second = token_sequences([two_turns(), one_turn()])
+    assert first.token_ids == [7, 8, 5, 6, 9, 4]
+    assert first.turns == [-1, -1, 0, 0, -1, 1]
+    assert first.logprobs == [0.0, 0.0, -0.5, -0.6, 0.0, -0.4]
+    assert second.turns == [-1, 2, 2]  # rows go on over trajectories
+
+
+def test_collated_columns_point_at_the_token_that_predicts():
+    batch = collate(token_sequences([two_turns(), one_turn()]), [0, 1])
+    assert batch.input_ids_BT.tolist() == [[7, 8, 5, 6, 9, 4], [1, 2, 3, 0, 0, 0]]
+    assert batch.positions_N.tolist() == [1, 2, 4, 6, 7]
+    assert batch.targets_N.tolist() == [5, 6, 4, 2, 3]
+    assert batch.turns_N.tolist() == [0, 0, 1, 2, 2]
+    assert batch.sequences_N.tolist() == [0, 0, 0, 1, 1]
+    assert batch.sampling_logprobs_N.tolist() == pytest.approx([-0.5, -0.6, -0.4, -0.2, -0.3])
+
+
+def test_indices_of_sequences_survive_a_subset_in_another_order():
+    batch = collate(token_sequences([two_turns(), one_turn()]), [1])
+    assert batch.sequences_N.tolist() == [1, 1]
+    assert batch.turns_N.tolist() == [2, 2]
+
+
+def test_missing_log_probabilities_are_refused():
+    broken = two_turns()
+    broken.turns[1].logprobs = []
+    with pytest.raises(ValueError, match="turn 1 of group 0, member 0"):
+        token_sequences([broken])
+
+
+def test_a_sampled_first_token_is_refused():
+    with pytest.raises(ValueError, match="no context"):
+        collate([TokenSequence([1], [0], [0.0])], [0])
+
+
+def test_micro_batches_keep_the_budget_and_every_sequence_once():
+    lengths = [10, 3, 50, 9, 10, 4]
+    batches = micro_batches(lengths, token_budget=30)
+    assert sorted(i for b in batches for i in b) == list(range(6))
+    for batch in batches:
+        assert len(batch) * max(lengths[i] for i in batch) <= 30 or len(batch) == 1
+    assert [2] in batches  # longer than the budget: alone
+
+
+def test_an_empty_batch_trains_nothing():
+    batch = empty_batch()
+    assert len(batch.targets_N) == 0
+    assert batch.positions_N.dtype == torch.long
+
+
+def test_shards_are_whole_groups_balanced_by_tokens():
+    def group(number: int, tokens: int) -> Group:
+        turn = Turn(0, prompt_ids=[1] * (tokens - 1), token_ids=[2], logprobs=[0.0])
+        return Group(number, {}, [Trajectory({}, number, 0, [turn])])
+
+    groups = [group(i, n) for i, n in enumerate([50, 10, 40, 20])]
+    shards = shard_groups(groups, 2)
+    assert sorted(g.id for shard in shards for g in shard) == [0, 1, 2, 3]
+    assert [sum(g.num_tokens for g in shard) for shard in shards] == [60, 60]
+    assert shard_groups(groups[:1], 2) == [groups[:1], []]
