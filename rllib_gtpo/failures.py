@@ -25,7 +25,7 @@ def guarded(command: Callable[[], int], debug: bool = False) -> int:
     except KeyboardInterrupt:
         return SIGINT_EXIT
     except BrokenPipeError:
-        from rllib_gtpo.run import mute_stdout
+        from rllib_gtpo.run_output import mute_stdout
 
         mute_stdout()
         return PIPE_EXIT

@@ -10,7 +10,9 @@ from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.ray_session import ray_session
 from rllib_gtpo.run_dir import RunDirectory, RunRecord
 from rllib_gtpo.run_files import Experiment
+from rllib_gtpo.run_output import resume_command
 from rllib_gtpo.stopping import StopCriteria
+from rllib_gtpo.trial import FAILURE, OK
 
 if TYPE_CHECKING:
     from rllib_gtpo.run import RunOptions
@@ -36,14 +38,14 @@ def run_sweep(
     """Runs all trials; 0 if none failed.  A resumed sweep runs only what is unfinished."""
     from ray import tune
 
-    from rllib_gtpo.run import FAILURE, OK, _run_path, resume_command
+    from rllib_gtpo.run import run_path
 
     if not criteria:
         raise ConfigError("a sweep needs a stop criterion: add `stop` or --stop KEY=VALUE")
     if resumed is not None and resumed.record.kind != "sweep":
         raise ConfigError(f"{resumed.path} is a single run, but {experiment.file} asks for a sweep")
     record.kind = "sweep"
-    run = resumed or RunDirectory.create(_run_path(experiment, options), record, options.keep)
+    run = resumed or RunDirectory.create(run_path(experiment, options), record, options.keep)
     run.record = record
     path = run.path.absolute()
     trainable: Any = experiment.config.algo_class

@@ -1,0 +1,46 @@
+"""What a run prints at its end, and output whose reader has gone."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from rllib_gtpo.run_dir import Checkpoint, RunDirectory
+
+
+def mute_stdout() -> None:
+    """Sends standard output nowhere, after its reader has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_end(run: RunDirectory, checkpoint: Checkpoint, complete: bool = True) -> None:
+    """The last lines: accuracy if the algorithm measures one, checkpoint, how to continue."""
+    try:
+        if complete and run.record.held_out_accuracy:
+            before, after = run.record.held_out_accuracy
+            print(f"held-out accuracy {before:.2f} -> {after:.2f}")
+        print(checkpoint.path.absolute())
+        print(resume_command(run), flush=True)
+    except BrokenPipeError:
+        mute_stdout()
+
+
+def resume_command(run: RunDirectory) -> str:
+    """The command that continues `run` from the present directory."""
+    return shlex.join(
+        [
+            "rllib",
+            "train",
+            "file",
+            _relative(Path(run.record.file)),
+            "--resume",
+            _relative(run.path),
+        ]
+    )
+
+
+def _relative(path: Path) -> str:
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

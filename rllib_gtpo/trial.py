@@ -1,0 +1,226 @@
+"""One trial in this process: build or restore, train, save, report.
+
+An algorithm may define these hooks; all are optional:
+    on_run_start(), on_run_end()   called around the iterations, also of a resumed run
+    request_stop()                 leave train() or a hook soon, by raising errors.Interrupted
+    summary_line(result) -> str    the line printed for an iteration
+    held_out_accuracy              (before, after) or None, printed at the end
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from rllib_gtpo.errors import ConfigError, Interrupted
+from rllib_gtpo.interrupts import PIPE_EXIT, Stopper
+from rllib_gtpo.quiet import building
+from rllib_gtpo.ray_session import check_resources, ray_session
+from rllib_gtpo.result_log import ITERATION, ResultLog
+from rllib_gtpo.run_dir import Checkpoint, RunDirectory, SaveError
+from rllib_gtpo.run_files import Experiment
+from rllib_gtpo.run_output import mute_stdout, print_end
+from rllib_gtpo.stopping import StopCriteria, numbers
+
+if TYPE_CHECKING:
+    from rllib_gtpo.run import RunOptions
+
+OK, FAILURE, BAD_INPUT, NOT_SAVED = 0, 1, 2, 3
+
+
+class Trial:
+    """One run of one algorithm: build or restore, train, save, report."""
+
+    def __init__(
+        self, experiment: Experiment, criteria: StopCriteria, run: RunDirectory, options: RunOptions
+    ) -> None:
+        self.experiment = experiment
+        self.criteria = criteria
+        self.run = run
+        self.options = options
+        self.stopper = Stopper()
+        self.algo: Any = None
+        self.log: ResultLog | None = None
+        self.metrics: dict[str, float] = {}
+        self.saved: Checkpoint | None = None
+        self.dirty = False  # whether there is state that no checkpoint holds
+        freq = options.checkpoint_freq
+        self.freq = freq if freq is not None else experiment.checkpoint_freq or 10
+
+    def execute(self, checkpoint: Checkpoint | None) -> int:
+        """Runs to the end; prints the report only after Ray is down, so that nothing follows it."""
+        needs = check_resources(self.experiment.config)
+        with ray_session(needs, self.options), self.stopper:
+            try:
+                code = self._run(checkpoint)
+            except KeyboardInterrupt:  # second signal: no clean-up that could hang
+                print("stopped at once, without saving", file=sys.stderr)
+                code = self.stopper.code or 130
+            except Exception as error:
+                if self.saved is not None and not isinstance(error, ConfigError):
+                    print(f"last good checkpoint: {self.saved.path.absolute()}", file=sys.stderr)
+                raise
+            else:
+                self._close()
+        if self.saved is not None:
+            if self.stopper.requested and code == self.stopper.code:
+                self._say("interrupted; continue with the last line")
+            print_end(self.run, self.saved, complete=code == OK)
+        return code
+
+    def _run(self, checkpoint: Checkpoint | None) -> int:
+        self._say(f"run directory: {self.run.path}")
+        self._build(checkpoint)
+        interrupted = not self._train()
+        stopped = interrupted or self.stopper.requested
+        if not self._save_final():
+            return NOT_SAVED
+        if not stopped:
+            stopped = not self._call_hook("on_run_end")
+        accuracy = getattr(self.algo, "held_out_accuracy", None)
+        record = self.run.record
+        record.held_out_accuracy = [float(x) for x in accuracy] if accuracy else None
+        record.status = "interrupted" if stopped else "completed"
+        self.run.write_record()
+        return self.stopper.code or FAILURE if stopped else OK
+
+    def _build(self, checkpoint: Checkpoint | None) -> None:
+        with _logdir(self.run.path), nullcontext() if self.options.debug else building():
+            self.algo = self.experiment.config.build_algo()
+        iteration = 0
+        if checkpoint is not None:
+            for moved in self.run.clean(checkpoint):
+                self._say(f"set aside a newer checkpoint: {moved}")
+            self.algo.load_checkpoint(str(checkpoint.path.absolute()))
+            progress = checkpoint.progress
+            iteration = int(progress[ITERATION])
+            self.algo._iteration = iteration
+            self.algo._time_total = float(progress["time_total_s"])  # RLlib restores only the count
+            self.metrics = progress["metrics"]
+            self.saved = checkpoint
+            self._say(f"resumed from {checkpoint.path} at iteration {iteration}")
+        self.run.record.status = "running"
+        self.run.write_record()
+        self.log = ResultLog(self.run.path, iteration)
+        self.log.write_params(self.experiment.config.to_dict())
+        self.stopper.attach(self.algo)
+
+    def _train(self) -> bool:
+        """Iterates; False if something asked for a stop in the middle of a step."""
+        if self.stopper.requested:
+            return True
+        self.dirty = self.saved is None
+        if not self._call_hook("on_run_start"):
+            return False
+        while not self.stopper.requested:
+            reason = self.criteria.reached(self.metrics) if self.metrics else None
+            if reason:
+                self._say(f"done: {reason}")
+                return True
+            self.dirty = True
+            try:
+                result = self.algo.train()
+            except Interrupted:
+                return False
+            self.metrics = numbers(result)
+            assert self.log is not None
+            self.log.write(result)
+            self._say(self._summary(result))
+            self.criteria.check_known(self.metrics)
+            if self._periodic():
+                self._save_periodic()
+        return True
+
+    def _periodic(self) -> bool:
+        done = self.stopper.requested or self.criteria.reached(self.metrics)
+        return not done and self.freq > 0 and self.algo.iteration % self.freq == 0
+
+    def _save(self) -> None:
+        progress = {
+            ITERATION: self.algo.iteration,
+            "time_total_s": self.algo._time_total,
+            "metrics": self.metrics,
+        }
+        self.saved = self.run.save(self.algo.iteration, progress, self.algo.save_checkpoint)
+        self.dirty = False
+
+    def _save_periodic(self) -> None:
+        try:
+            self._save()
+        except SaveError as error:
+            again = "training goes on; the next attempt is at the next checkpoint"
+            print(f"warning: {error}; {again}", file=sys.stderr)
+
+    def _save_final(self) -> bool:
+        if not self.dirty:
+            return True
+        try:
+            self._save()
+        except SaveError as error:
+            last = self.saved.path.absolute() if self.saved else "none"
+            print(f"error: {error}\nlast good checkpoint: {last}", file=sys.stderr)
+            return False
+        return True
+
+    def _call_hook(self, name: str) -> bool:
+        """False if a stop was asked for while the hook ran and it left early."""
+        hook = getattr(self.algo, name, None)
+        try:
+            if callable(hook):
+                hook()
+        except Interrupted:
+            return False
+        return True
+
+    def _summary(self, result: Mapping[str, Any]) -> str:
+        summary_line = getattr(self.algo, "summary_line", None)
+        if callable(summary_line):
+            return str(summary_line(result))
+        mean = _first(self.metrics, "env_runners/episode_return_mean", "episode_reward_mean")
+        steps = _first(
+            self.metrics,
+            "env_runners/num_env_steps_sampled_lifetime",
+            "num_env_steps_sampled_lifetime",
+            "num_env_steps_sampled",
+        )
+        return (
+            f"iteration {self.algo.iteration}"
+            f"  episode_return_mean {'-' if mean is None else f'{mean:.2f}'}"
+            f"  env steps {'-' if steps is None else f'{steps:.0f}'}"
+            f"  {self.metrics.get('time_total_s', 0.0):.1f} s"
+        )
+
+    def _close(self) -> None:
+        if self.log is not None:
+            self.log.close()
+        if self.algo is not None:
+            self.algo.stop()
+
+    def _say(self, line: str) -> None:
+        """Prints a line; a reader that closed the pipe ends the run as a signal would."""
+        try:
+            if line:
+                print(line, flush=True)
+        except BrokenPipeError:
+            mute_stdout()
+            self.stopper.request(PIPE_EXIT)
+
+
+def _first(metrics: Mapping[str, float], *keys: str) -> float | None:
+    return next((metrics[key] for key in keys if key in metrics), None)
+
+
+@contextmanager
+def _logdir(directory: Path) -> Iterator[None]:
+    """Keeps RLlib from leaving an empty directory in ~/ray_results for each algorithm it builds."""
+    from ray.tune.trainable import trainable
+
+    scratch = directory.absolute() / ".ray"
+    with mock.patch.object(trainable, "DEFAULT_STORAGE_PATH", str(scratch)):
+        yield
+    shutil.rmtree(scratch, ignore_errors=True)
