@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.errors import ChatTemplateError, ConfigError
 
 TINY_QWEN2: dict[str, Any] = {
     "model_type": "qwen2",
     "hidden_size": 128,
-    "intermediate_size": 384,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
+    # A short wavelength: conversations are short, and copying needs exact positions.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     "tie_word_embeddings": True,
 }
-"""The default model: about half a million parameters, made from this config."""
+"""The default model: about a third of a million parameters, made from this config."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_MARKUP = ("```python\n", "\n```", "print(", "user\n", "assistant\n", "tool\n")
+_MARKUP = ("```python\n", "\n```", "print(", "user\n", "assistant\n", "tool\n", "\nleft: ")
 _CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -33,22 +36,30 @@ _CHATML = (
 )
 
 
-def build_tokenizer(markup: Sequence[str] = _MARKUP) -> Any:
+def build_tokenizer(extra: Sequence[str] = ()) -> Any:
     """A byte-level tokenizer with a ChatML template, made in code.
 
-    Every text round-trips exactly: 256 byte tokens, plus one token for each string of `markup`, which
-    keeps turns short.
+    Every text round-trips exactly.  There is one token for each byte, and one for each of a few strings
+    that agents write often and for each string of `extra`, which keeps turns short.  Tool schemas are
+    not rendered: a model that starts from nothing learns its tools from demonstrations.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*_SPECIAL, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    strings = sorted({*_MARKUP, *extra}, key=lambda text: (-len(text), text))
+    if "" in strings or set(strings) & set(_SPECIAL):
+        raise ConfigError(f"extra={list(extra)!r}: tokens must not be empty or special.")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += ["".join(piece for piece, _ in to_bytes.pre_tokenize_str(text)) for text in strings]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    # No merges: what the split leaves whole and the vocabulary knows is one token, the rest are bytes.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    whole = Regex("|".join(re.escape(text) for text in strings))
+    split = pre_tokenizers.Split(whole, behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in _SPECIAL])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in markup])
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in _SPECIAL])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -59,48 +70,92 @@ def build_tokenizer(markup: Sequence[str] = _MARKUP) -> Any:
 
 
 def load_tokenizer(source: Any, *, chat_template: str | None = None) -> Any:
-    """The tokenizer of a directory or hub id, or the built-in one for a model from scratch."""
-    if isinstance(source, Mapping):
-        tokenizer = build_tokenizer()
-    elif isinstance(source, (str, Path)):
-        tokenizer = _from_pretrained("AutoTokenizer", str(source))
-    else:
-        tokenizer = source
+    """The tokenizer of a directory or hub id, or the built-in one for a model from scratch.
+
+    Args:
+        source: A path, a hub id, a from-scratch config, or a tokenizer.
+        chat_template: The text of a template or the path of a file with one; replaces the tokenizer's own.
+
+    Raises:
+        ConfigError: There is no such directory, file or tokenizer.
+        ChatTemplateError: The tokenizer has no chat template, and none was given.
+    """
+    tokenizer = _tokenizer(source)
     if chat_template is not None:
+        # A file's name is short and has no braces; a template has.
         file = Path(chat_template) if len(chat_template) < 1024 and "{" not in chat_template else None
         if file is not None and not file.is_file():
             raise ConfigError(f"chat_template={chat_template!r}: no such file, and not a template's text.")
         tokenizer.chat_template = file.read_text(encoding="utf-8") if file else chat_template
+    if not tokenizer.chat_template:
+        raise ChatTemplateError(
+            f"The tokenizer of {str(source)!r} has no chat template: use an instruction-tuned model, or "
+            "set chat_template= to a template's text or file."
+        )
     return tokenizer
 
 
-def load_model(source: Any, *, dtype: str = "float32", seed: int = 0, tokenizer: Any = None) -> Any:
+def load_model(
+    source: Any, *, dtype: str = "float32", seed: int | None = None, tokenizer: Any = None
+) -> Any:
     """A causal LM from a directory or hub id, or made from scratch.
 
-    From scratch, weights are a function of `seed` alone, and torch's global generator is left as it was;
-    the vocabulary is that of `tokenizer` (or of the built-in one), rounded up to a multiple of 16.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    Args:
+        source: A path, a hub id, or a config such as `TINY_QWEN2`.
+        dtype: "float32" or "bfloat16".
+        seed: From scratch, the weights are a function of it alone (None: 0); torch's global generators
+            are left as they were.
+        tokenizer: What `load_tokenizer` takes.  From scratch, its vocabulary is the model's (without
+            one, the built-in tokenizer's); otherwise it must fit the model's.
 
+    Raises:
+        ConfigError: `source` is no model, or the tokenizer has ids that the model lacks.
+    """
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype!r}: use one of {', '.join(_DTYPES)}.")
-    if not isinstance(source, Mapping):
-        return _from_pretrained("AutoModelForCausalLM", str(source), dtype=_DTYPES[dtype])
-    settings = dict(source)
+    if isinstance(source, Mapping):
+        return _from_scratch(dict(source), _DTYPES[dtype], seed or 0, tokenizer)
+    model = _from_pretrained("AutoModelForCausalLM", str(source), dtype=_DTYPES[dtype])
+    if tokenizer is not None:
+        _check_vocabulary(_tokenizer(tokenizer), int(model.get_input_embeddings().weight.shape[0]))
+    return model
+
+
+def _from_scratch(settings: dict[str, Any], dtype: torch.dtype, seed: int, tokenizer: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    described = f"model={settings!r}"
     if "model_type" not in settings:
         raise ConfigError("A model from scratch needs a model_type, such as {'model_type': 'qwen2', ...}.")
-    tokens = load_tokenizer(tokenizer if tokenizer is not None else source)
-    settings.setdefault("vocab_size", -(-len(tokens) // 16) * 16)
+    tokens = _tokenizer(tokenizer if tokenizer is not None else settings)
+    settings.setdefault("vocab_size", len(tokens))
+    _check_vocabulary(tokens, int(settings["vocab_size"]))
     settings.setdefault("pad_token_id", tokens.pad_token_id)
     settings.setdefault("eos_token_id", tokens.eos_token_id)
     settings.setdefault("bos_token_id", None)
     try:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the GPUs' as well
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"model={source!r} does not describe a model: {error}") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=_DTYPES[dtype])
+        raise ConfigError(f"{described} does not describe a causal LM: {error}") from error
+
+
+def _tokenizer(source: Any) -> Any:
+    if isinstance(source, Mapping):
+        return build_tokenizer()
+    if isinstance(source, (str, Path)):
+        return _from_pretrained("AutoTokenizer", str(source))
+    return source
+
+
+def _check_vocabulary(tokenizer: Any, rows: int) -> None:
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model only {rows}: use the tokenizer that "
+            "the model was made with (leave tokenizer= out), or a vocab_size that is large enough."
+        )
 
 
 def _from_pretrained(auto_class: str, source: str, **options: Any) -> Any:
@@ -108,9 +163,10 @@ def _from_pretrained(auto_class: str, source: str, **options: Any) -> Any:
 
     looks_local = source.startswith((".", "/", "~")) or Path(source).exists()
     path = str(Path(source).expanduser()) if looks_local else source
+    what = "tokenizer" if auto_class == "AutoTokenizer" else "model"
     if looks_local and not Path(path).is_dir():
-        raise ConfigError(f"model={source!r}: no such directory.")
+        raise ConfigError(f"{what}={source!r}: no such directory.")
     try:
         return getattr(transformers, auto_class).from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model={source!r} cannot be loaded: {error}") from error
+        raise ConfigError(f"{what}={source!r} cannot be loaded: {error}") from error

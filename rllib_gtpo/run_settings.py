@@ -160,9 +160,13 @@ def _model_config(config: AlgorithmConfig, new: Any) -> Any:
 
 def _merged(config: AlgorithmConfig, root: str, rest: list[str], value: Any) -> Any:
     """The mapping `root` of `config` with one nested key replaced."""
-    attribute = config._translate_special_keys(root, warn_deprecated=False)
-    if root == "model_config" and not _checks_names_itself(config):
+    attribute_name = getattr(config, "attribute_name", None)  # where a config keeps a setting
+    if callable(attribute_name):
+        attribute = str(attribute_name(root))
+    elif root == "model_config":
         attribute = "_model_config"
+    else:
+        attribute = config._translate_special_keys(root, warn_deprecated=False)
     present = getattr(config, attribute, None)
     if present is not None and not isinstance(present, Mapping) and not _is_data(present):
         raise ConfigError(

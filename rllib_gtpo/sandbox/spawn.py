@@ -191,7 +191,7 @@ class ZygoteProcess:
             for fd in fds:
                 os.close(fd)
         self._outbox.clear()
-        if os.path.isdir(self.scratch):
+        if os.path.lexists(self.scratch) or os.path.lexists(self.scratch + ".sweep"):
             with contextlib.suppress(OSError):
                 sweep(self.scratch)
         if not self._ready:

@@ -47,15 +47,18 @@ def sweep(top: str) -> None:
         shelf_fd = os.open(shelf, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return
-    queue, count = [top], 0
+    # The shelf is not empty if whoever swept before was killed.
+    queue = [top, *(os.path.join(shelf, name) for name in os.listdir(shelf_fd))]
+    count = 0
     while queue:
         directory = queue.pop()
         for name, fd in _entries(directory):
             try:
                 if stat.S_ISDIR(os.lstat(name, dir_fd=fd).st_mode):
                     count += 1
-                    os.rename(name, str(count), src_dir_fd=fd, dst_dir_fd=shelf_fd)
-                    queue.append(os.path.join(shelf, str(count)))
+                    place = f"{os.getpid()}-{count}"
+                    os.rename(name, place, src_dir_fd=fd, dst_dir_fd=shelf_fd)
+                    queue.append(os.path.join(shelf, place))
                 else:
                     os.unlink(name, dir_fd=fd)
             except OSError:

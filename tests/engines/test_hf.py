@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -42,7 +44,10 @@ SMALL: dict[str, Any] = dict(
 def build_model(kind: str = "qwen2", attention: str = "sdpa") -> PreTrainedModel:
     """A random model with peaked, position-dependent distributions."""
     torch.manual_seed(0)
-    if kind == "llama":
+    if kind == "gpt2":  # absolute positions, no grouped heads
+        sizes = dict(n_embd=64, n_layer=2, n_head=4, n_positions=512, vocab_size=VOCAB)
+        model = GPT2LMHeadModel(GPT2Config(**sizes, attn_implementation=attention))
+    elif kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**SMALL, attn_implementation=attention))
     else:
         model = Qwen2ForCausalLM(Qwen2Config(**SMALL, attn_implementation=attention))
@@ -124,7 +129,13 @@ def assert_exact(
 
 @pytest.mark.parametrize(
     ("kind", "attention"),
-    [("qwen2", "sdpa"), ("qwen2", "eager"), ("llama", "sdpa"), ("llama", "eager")],
+    [
+        ("qwen2", "sdpa"),
+        ("qwen2", "eager"),
+        ("llama", "sdpa"),
+        ("llama", "eager"),
+        ("gpt2", "sdpa"),
+    ],
 )
 def test_logprobs_equal_a_full_forward(kind: str, attention: str) -> None:
     model = build_model(kind, attention)
@@ -151,12 +162,14 @@ def test_long_prompts_are_prefilled_in_parts(model: PreTrainedModel) -> None:
 
 
 def test_equal_prompts_are_computed_once(model: PreTrainedModel, engine: HFEngine) -> None:
-    ids = words(3, 30)
-    completions = run(*(engine.generate(request(f"m{i}", ids, 9, (i,))) for i in range(8)))
-    assert_exact(model, [(ids, c) for c in completions])
-    assert len({tuple(c.token_ids) for c in completions}) > 1, "members sampled alike"
-    assert engine.stats.prefill_computed == 30
-    assert engine.stats.prefill_reused == 7 * 30
+    prompts = [words(3, 30), words(4, 20)] * 4
+    completions = run(
+        *(engine.generate(request(f"m{i}", ids, 9, (i,))) for i, ids in enumerate(prompts))
+    )
+    assert_exact(model, list(zip(prompts, completions, strict=True)))
+    assert len({tuple(c.token_ids) for c in completions[::2]}) > 1, "members sampled alike"
+    assert engine.stats.prefill_computed == 30 + 20
+    assert engine.stats.prefill_reused == 3 * (30 + 20)
 
 
 def test_a_key_gives_the_same_tokens_alone_and_in_any_batch(model: PreTrainedModel) -> None:

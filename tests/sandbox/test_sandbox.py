@@ -16,6 +16,7 @@ import pytest
 from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.sandbox import Limits, PythonSandbox, SandboxUnavailable, Status
 from rllib_gtpo.sandbox.output import Output, clip
+from rllib_gtpo.sandbox.zygote import sweep
 
 LIMITS = Limits(cpu_seconds=0.5, wall_seconds=1.5, memory_mb=128, output_chars=1000, file_mb=1)
 
@@ -224,6 +225,13 @@ def test_scratch_directories_are_removed(own):
     assert not scratch.exists() and Path("/").exists()
 
 
+def test_sweeping_goes_on_where_another_was_killed(tmp_path):
+    (tmp_path / "top.sweep" / "7" / "d").mkdir(parents=True)
+    (tmp_path / "top.sweep" / "7" / "f").write_text("x")
+    sweep(str(tmp_path / "top"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_cleaning_up_follows_no_link(own, tmp_path):
     keep = tmp_path / "keep"
     keep.mkdir()
@@ -403,8 +411,9 @@ def test_a_killed_zygote_is_replaced(own):
     scratch = Path(own._pool.zygote.scratch)
     timer = threading.Timer(0.2, os.kill, (zygote_pid(own), signal.SIGKILL))
     timer.start()
-    result = own.run("import time; time.sleep(1)")
+    result = own.run("import os, time; print(os.getpid(), flush=True); time.sleep(1.4)")
     assert result.status is Status.KILLED and "the sandbox's own process died" in result.output
+    assert eventually(lambda: not alive(int(result.output.split()[0])), 0.3)
     assert own.run("print(2)").output == "2\n"
     assert own.restarts == 1
     assert not alive(pid) and not scratch.exists()

@@ -159,6 +159,16 @@ def test_check(change, problem):
     assert found is problem if problem is None else found is not None and problem in found
 
 
+def test_literals_of_several_types():
+    def pick(one: Literal[1, "a"]) -> None:
+        """Pick."""
+
+    tool = Tool.from_function(pick)
+    assert tool.parameters["properties"]["one"] == {"enum": [1, "a"]}
+    assert tool.check({"one": 1}) is tool.check({"one": "a"}) is None
+    assert tool.check({"one": True}) and tool.check({"one": 1.0}) and tool.check({"one": "1"})
+
+
 def test_missing_arguments():
     assert Tool.from_function(search).check({}) == "missing argument 'query' of tool 'search'"
     assert "missing arguments 'text', 'number'" in Tool.from_function(everything).check({})
