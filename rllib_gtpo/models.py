@@ -1,4 +1,4 @@
-"""Models and tokenizers: from a directory, a hub id, or made from scratch out of a config.  No ray here."""
+"""Models and tokenizers: from a directory, a hub id, or made from a config.  No ray here."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ _CHATML = (
 def build_tokenizer(extra: Sequence[str] = ()) -> Any:
     """A byte-level tokenizer with a ChatML template, made in code.
 
-    Every text round-trips exactly.  There is one token for each byte, and one for each of a few strings
-    that agents write often and for each string of `extra`, which keeps turns short.  Tool schemas are
-    not rendered: a model that starts from nothing learns its tools from demonstrations.
+    Every text round-trips exactly.  There is one token for each byte, and one for each of a few
+    strings that agents write often and for each string of `extra`, which keeps turns short.  Tool
+    schemas are not rendered: a model made from scratch learns its tools from demonstrations.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +53,7 @@ def build_tokenizer(extra: Sequence[str] = ()) -> Any:
     tokens = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += ["".join(piece for piece, _ in to_bytes.pre_tokenize_str(text)) for text in strings]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    # No merges: what the split leaves whole and the vocabulary knows is one token, the rest are bytes.
+    # No merges: a piece of the split that the vocabulary knows is one token, the rest are bytes.
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     whole = Regex("|".join(re.escape(text) for text in strings))
     split = pre_tokenizers.Split(whole, behavior="isolated")
@@ -74,7 +74,8 @@ def load_tokenizer(source: Any, *, chat_template: str | None = None) -> Any:
 
     Args:
         source: A path, a hub id, a from-scratch config, or a tokenizer.
-        chat_template: The text of a template or the path of a file with one; replaces the tokenizer's own.
+        chat_template: The text of a template or the path of a file with one, instead of the
+            tokenizer's own.
 
     Raises:
         ConfigError: There is no such directory, file or tokenizer.
@@ -83,14 +84,18 @@ def load_tokenizer(source: Any, *, chat_template: str | None = None) -> Any:
     tokenizer = _tokenizer(source)
     if chat_template is not None:
         # A file's name is short and has no braces; a template has.
-        file = Path(chat_template) if len(chat_template) < 1024 and "{" not in chat_template else None
+        file = (
+            Path(chat_template) if len(chat_template) < 1024 and "{" not in chat_template else None
+        )
         if file is not None and not file.is_file():
-            raise ConfigError(f"chat_template={chat_template!r}: no such file, and not a template's text.")
+            raise ConfigError(
+                f"chat_template={chat_template!r}: no such file, and not a template's text."
+            )
         tokenizer.chat_template = file.read_text(encoding="utf-8") if file else chat_template
     if not tokenizer.chat_template:
         raise ChatTemplateError(
-            f"The tokenizer of {str(source)!r} has no chat template: use an instruction-tuned model, or "
-            "set chat_template= to a template's text or file."
+            f"The tokenizer of {str(source)!r} has no chat template: use an instruction-tuned "
+            "model, or set chat_template= to a template's text or file."
         )
     return tokenizer
 
@@ -103,10 +108,10 @@ def load_model(
     Args:
         source: A path, a hub id, or a config such as `TINY_QWEN2`.
         dtype: "float32" or "bfloat16".
-        seed: From scratch, the weights are a function of it alone (None: 0); torch's global generators
-            are left as they were.
-        tokenizer: What `load_tokenizer` takes.  From scratch, its vocabulary is the model's (without
-            one, the built-in tokenizer's); otherwise it must fit the model's.
+        seed: From scratch, the weights are a function of it alone (None: 0); torch's global
+            generators are left as they were.
+        tokenizer: What `load_tokenizer` takes.  From scratch, its vocabulary is the model's
+            (without one, the built-in tokenizer's); otherwise it must fit the model's.
 
     Raises:
         ConfigError: `source` is no model, or the tokenizer has ids that the model lacks.
@@ -126,7 +131,9 @@ def _from_scratch(settings: dict[str, Any], dtype: torch.dtype, seed: int, token
 
     described = f"model={settings!r}"
     if "model_type" not in settings:
-        raise ConfigError("A model from scratch needs a model_type, such as {'model_type': 'qwen2', ...}.")
+        raise ConfigError(
+            "A model from scratch needs a model_type, such as {'model_type': 'qwen2', ...}."
+        )
     tokens = _tokenizer(tokenizer if tokenizer is not None else settings)
     settings.setdefault("vocab_size", len(tokens))
     _check_vocabulary(tokens, int(settings["vocab_size"]))
@@ -136,7 +143,9 @@ def _from_scratch(settings: dict[str, Any], dtype: torch.dtype, seed: int, token
     try:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the GPUs' as well
+            torch.default_generator.manual_seed(
+                seed
+            )  # torch.manual_seed would touch the GPUs' as well
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{described} does not describe a causal LM: {error}") from error
@@ -153,8 +162,8 @@ def _tokenizer(source: Any) -> Any:
 def _check_vocabulary(tokenizer: Any, rows: int) -> None:
     if len(tokenizer) > rows:
         raise ConfigError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model only {rows}: use the tokenizer that "
-            "the model was made with (leave tokenizer= out), or a vocab_size that is large enough."
+            f"The tokenizer has {len(tokenizer)} tokens and the model only {rows}: use the tokenizer "
+            "that the model was made with (leave tokenizer= out), or a larger vocab_size."
         )
 
 

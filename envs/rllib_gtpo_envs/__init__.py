@@ -2,7 +2,7 @@
 
 | class | task | tool |
 |---|---|---|
-| `Calculator` | a chain such as `12+7*3-5`, worked out from left to right, one call per step | Python |
+| `Calculator` | `12+7*3-5`, worked out from left to right, one call per step | Python |
 """
 
 from rllib_gtpo_envs.calculator import Calculator
