@@ -13,6 +13,7 @@ from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
+    EVALUATION_RESULTS,
     LEARNER_RESULTS,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
 )
@@ -72,6 +73,13 @@ class GTPO(Algorithm):
         return ColdStart.of(self.config.cold_start)
 
     # One iteration.
+
+    def step(self) -> Any:
+        """RLlib's, without an evaluation's metrics where there was no evaluation."""
+        results = super().step()
+        if not (self.config.evaluation_interval and (self.iteration + 1) % self.config.evaluation_interval == 0):
+            results.pop(EVALUATION_RESULTS, None)
+        return results
 
     def training_step(self) -> None:
         """Sample groups, update the learners, sync the weights."""

@@ -25,6 +25,7 @@ _ATTRIBUTE = {
 }
 _UNIFORM = ("keep", "drop_solved", "drop")
 _ENGINES = ("hf",)
+_GAMMA = 0.9
 _OPTIMIZER_DEFAULT = {"name": "AdamW", "weight_decay": 0.0}
 
 
@@ -63,7 +64,7 @@ class GTPOConfig(AlgorithmConfig):
         self.max_concurrency = 256
         # training
         self.lr = 1e-6
-        self.gamma = 0.9
+        self.gamma = _GAMMA
         self.grad_clip = 1.0
         self.group_size = 8
         self.groups_per_step = 16
@@ -312,11 +313,8 @@ class GTPOConfig(AlgorithmConfig):
 
     def setting_names(self) -> set[str]:
         """Every key that `update_from_dict` takes."""
-        return {k for k in vars(self) if k != "_is_frozen"} | set(_ATTRIBUTE) | {
-            "__trial_info__",
-            "num_workers",
-            "disable_env_checking",
-        }
+        own = {name for name in vars(self) if name != "_is_frozen"}
+        return own | set(self.to_dict()) | set(_ATTRIBUTE) | {"__trial_info__"}
 
     # What the settings make.
 
@@ -435,6 +433,11 @@ class GTPOConfig(AlgorithmConfig):
         chosen.resolve(self.estimator_options)
         if not 0.0 <= self.gamma <= 1.0:
             raise ConfigError(f"gamma={self.gamma}: must lie in [0, 1].")
+        if "gamma" not in chosen.options and self.gamma != _GAMMA:
+            raise ConfigError(
+                f"gamma={self.gamma} has no effect with estimator={self.estimator!r}, which does not discount: "
+                "leave it out."
+            )
         if self.uniform_groups not in _UNIFORM:
             raise ConfigError(_one_of("uniform_groups", self.uniform_groups, _UNIFORM))
         for name in ("groups_per_step", "mini_batches", "epochs", "token_budget"):

@@ -162,8 +162,8 @@ def _tokenizer(source: Any) -> Any:
 def _check_vocabulary(tokenizer: Any, rows: int) -> None:
     if len(tokenizer) > rows:
         raise ConfigError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model only {rows}: use the tokenizer "
-            "that the model was made with (leave tokenizer= out), or a larger vocab_size."
+            f"The tokenizer has {len(tokenizer)} tokens and the model only {rows}: use the model's "
+            "own tokenizer (leave tokenizer= out), or a larger vocab_size."
         )
 
 

@@ -98,7 +98,9 @@ class Knobs:
     def of(env_config: Mapping[str, Any]) -> Knobs:
         """Checked knobs; ConfigError says what is valid."""
         _check_names(env_config, [f.name for f in fields(Knobs)], "env_config")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in env_config.items()}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in env_config.items()
+        }
         if "demonstrations" in values:
             values["demonstrations"] = _weights(values["demonstrations"])
         knobs = Knobs(**values)

@@ -1,0 +1,160 @@
+"""A bad rollout is data, a bad environment is an error, and a lost runner loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+import ray
+
+from rllib_gtpo import GTPOConfig
+from rllib_gtpo.episodes import trajectory_of
+from rllib_gtpo.errors import DataError, EnvironmentFault
+from rllib_gtpo.types import StopReason
+from tests.tasks import Adder
+
+
+class Flaky(Adder):
+    """Raises in some turns."""
+
+    async def astep(self, action):
+        if self.trajectory.task["question"].startswith("3"):
+            raise RuntimeError("the database is down")
+        return await super().astep(action)
+
+
+class Broken(Adder):
+    def reward(self, trajectory, task):
+        raise ZeroDivisionError("bug in the reward")
+
+
+class Hanging(Adder):
+    async def astep(self, action):
+        await asyncio.sleep(3600)
+
+
+class Endless(Adder):
+    """Never ends by itself: every turn is answered."""
+
+    def _reason_to_stop(self, trajectory, turn, truncated):
+        return StopReason.MAX_TURNS if len(trajectory.turns) >= self.turn_limit else None
+
+
+class LongPrompt(Adder):
+    def prompt(self, task):
+        return "x" * 5000 if task["id"].endswith(("1", "3")) else super().prompt(task)
+
+
+class AllLong(Adder):
+    def prompt(self, task):
+        return "x" * 5000
+
+
+class Empty(Adder):
+    def tasks(self, split):
+        return []
+
+
+def build(model, env, **settings):
+    config = (
+        GTPOConfig()
+        .environment(env)
+        .language_model(model=model)
+        .rollouts(max_turn_tokens=64, **settings)
+        .training(lr=1e-3, group_size=4, groups_per_step=10)
+        .reporting(progress=False)
+        .debugging(seed=1)
+    )
+    return config
+
+
+@pytest.fixture
+def train(adder_model):
+    built = []
+
+    def run(env, **settings):
+        algorithm = build(adder_model, env, **settings).build_algo()
+        built.append(algorithm)
+        return algorithm
+
+    yield run
+    for algorithm in built:
+        algorithm.stop()
+
+
+def test_an_environment_that_raises_now_and_then_is_counted(train):
+    result = train(Flaky).train()
+    assert 0 < result["stop"]["env_error"] < 0.5
+
+
+def test_an_environment_that_always_raises_is_told_with_its_error(train):
+    with pytest.raises(EnvironmentFault, match="ZeroDivisionError: bug in the reward"):
+        train(Broken).train()
+
+
+def test_an_environment_that_hangs_is_ended(train, monkeypatch):
+    monkeypatch.setattr("rllib_gtpo.rollout.TURN_TIMEOUT_S", 0.05)
+    with pytest.raises(EnvironmentFault, match="no answer in 0.05 s"):
+        train(Hanging).train()
+
+
+def test_an_environment_that_never_ends_stops_at_the_turn_limit(train):
+    algorithm = train(Endless, max_turns=3)
+    groups, _ = algorithm._sample_groups()
+    trajectories = [t for g in groups for t in g.trajectories]
+    assert {t.stop_reason for t in trajectories} <= {StopReason.MAX_TURNS, StopReason.TURN_TRUNCATED}
+    assert max(len(t.turns) for t in trajectories) == 3
+
+
+def test_a_prompt_that_is_too_long_is_left_out_and_replaced(train):
+    result = train(LongPrompt).train()
+    assert result["group"]["skipped"] > 0
+    assert result["env_runners"]["num_episodes"] == 40
+
+
+def test_only_prompts_that_are_too_long_say_so(train):
+    with pytest.raises(DataError, match=r"task train-\d+: its prompt has \d+ tokens and the context holds"):
+        train(AllLong).train()
+
+
+def test_no_tasks(train):
+    with pytest.raises(DataError, match=r"tasks\('train'\) has no rows"):
+        train(Empty).train()
+
+
+def test_a_full_context_ends_the_trajectory_not_the_run(train):
+    algorithm = train(Adder, max_tokens=70)
+    groups, episodes = algorithm._sample_groups()
+    reasons = {t.stop_reason for g in groups for t in g.trajectories}
+    assert StopReason.MAX_TOKENS in reasons
+    assert max(trajectory_of(e).num_tokens for e in episodes) <= 70
+
+
+def test_a_runner_that_dies_loses_no_group(adder_model):
+    config = build(adder_model, Adder).env_runners(num_env_runners=2)
+    algorithm = config.build_algo()
+    algorithm.train()
+    pids = algorithm.env_runner_group.foreach_env_runner(
+        lambda runner: os.getpid(), local_env_runner=False
+    )
+    ray.get(ray.remote(num_cpus=0)(os.kill).remote(pids[0], signal.SIGKILL))
+    result = algorithm.train()
+    assert result["group"]["lost_and_resampled"] > 0
+    assert result["env_runners"]["num_episodes"] == 40
+    positions = {g.id for g in algorithm.learner_group._learner.last_batch.groups}
+    assert positions == set(range(10, 20))
+    algorithm.stop()
+
+
+def test_remote_runners_sample_what_a_local_one_samples(adder_model):
+    def tokens(runners):
+        config = build(adder_model, Adder).env_runners(num_env_runners=runners)
+        algorithm = config.build_algo()
+        _, episodes = algorithm._sample_groups()
+        algorithm.stop()
+        trajectories = [trajectory_of(e) for e in episodes]
+        return {(t.group_id, t.member): [turn.token_ids for turn in t.turns] for t in trajectories}
+
+    assert tokens(0) == tokens(1)

@@ -1,0 +1,169 @@
+import pytest
+
+from rllib_gtpo import GRPOConfig, GTPOConfig, SFTConfig
+from rllib_gtpo.errors import ConfigError
+from tests.tasks import Adder
+
+
+def valid(config):
+    config.environment(Adder).validate()
+    return config
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"group_size": 1}, "at least 2 trajectories"),
+            ({"estimator": "gptо"}, "use one of gtpo"),
+            ({"estimator": "grpo_sun"}, "Did you mean 'grpo_sum'"),
+            ({"estimator_options": {"normalise": "group"}}, "did you mean 'normalize'"),
+            ({"estimator_options": {"normalize": "groups"}}, "did you mean 'group'"),
+            ({"estimator": "grpo", "estimator_options": {"normalize": "group"}}, "not used"),
+            ({"estimator_options": {"gamma": 0.5}}, r"training\(gamma=...\)"),
+            ({"estimator": "grpo", "gamma": 0.5}, "no effect"),
+            ({"gamma": 1.5}, "must lie in"),
+            ({"uniform_groups": "drop_all"}, "keep, drop_solved, drop"),
+            ({"mini_batches": 17}, "some would be empty"),
+            ({"aggregation": "constant"}, "constant"),
+            ({"clip_low": 2.0}, "clip_low"),
+            ({"ratio_level": "word"}, "did you mean"),
+            ({"groups_per_step": 0}, "at least 1"),
+            ({"optimizer": {"name": "AdanW"}}, "Did you mean 'Adam"),
+        ],
+    )
+    def test_training(self, settings, message):
+        with pytest.raises(ConfigError, match=message):
+            valid(GTPOConfig().training(**settings))
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"temperature": 0.0}, "above 0"),
+            ({"top_p": 0.0}, "top_p"),
+            ({"engine": "vlm"}, "use one of"),
+            ({"max_turns": 0}, "max_turns"),
+            ({"max_turn_tokens": 100, "max_tokens": 50}, "one turn cannot be longer"),
+        ],
+    )
+    def test_rollouts(self, settings, message):
+        with pytest.raises(ConfigError, match=message):
+            valid(GTPOConfig().rollouts(**settings))
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"dtype": "float8"}, "float32, bfloat16"),
+            ({"call_format": "xml"}, "hermes, fenced"),
+            ({"cold_start": {"stpes": 3}}, "did you mean 'steps'"),
+            ({"cold_start": {"steps": 0}}, "at least 1"),
+            ({"cold_start": {"lr": -1.0}}, "above 0"),
+        ],
+    )
+    def test_language_model(self, settings, message):
+        with pytest.raises(ConfigError, match=message):
+            valid(GTPOConfig().language_model(**settings))
+
+    def test_rewards(self):
+        with pytest.raises(ConfigError, match="size of the penalty"):
+            valid(GTPOConfig().rewards(format_penalty=-0.1))
+
+    def test_more_learners_than_groups(self):
+        with pytest.raises(ConfigError, match="nothing to do"):
+            valid(GTPOConfig().training(groups_per_step=1).learners(num_learners=2))
+
+    def test_sft_without_a_cold_start(self):
+        with pytest.raises(ConfigError, match="cold_start"):
+            valid(SFTConfig().language_model(cold_start=None))
+
+
+class TestDicts:
+    def test_the_same_keys_flat(self):
+        config = GTPOConfig().update_from_dict(
+            {
+                "model": "some/model",
+                "gamma": 0.5,
+                "group_size": 4,
+                "evaluation_split": "test",
+                "max_turns": 3,
+                "env_config": {"count": 2},
+                "optimizer": {"name": "SGD"},
+            }
+        )
+        assert config.language_model_source == "some/model"
+        assert (config.gamma, config.group_size, config.max_turns) == (0.5, 4, 3)
+        assert (config.evaluation_split, config.optimizer) == ("test", {"name": "SGD"})
+        assert config.env_config == {"count": 2}
+
+    @pytest.mark.parametrize(
+        ("key", "near"), [("group_sise", "group_size"), ("gama", "gamma"), ("num_env_runer", "num_env_runners")]
+    )
+    def test_an_unknown_key_names_the_nearest(self, key, near):
+        with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
+            GTPOConfig().update_from_dict({key: 1})
+
+    def test_model_config_is_redirected(self):
+        with pytest.raises(ConfigError, match="language_model"):
+            GTPOConfig().update_from_dict({"model_config": {}})
+
+    def test_a_config_survives_its_own_dict(self):
+        """Tune turns configs into dicts and back."""
+        config = valid(
+            GTPOConfig().language_model(model="some/model").training(group_size=3, lr=1e-3)
+        )
+        again = GTPOConfig().update_from_dict(config.to_dict())
+        assert again.language_model_source == "some/model"
+        assert (again.group_size, again.lr, again.optimizer) == (3, 1e-3, config.optimizer)
+        again.validate()
+
+
+def test_every_tuned_example_is_valid():
+    import importlib.util
+    from pathlib import Path
+
+    folder = Path(__file__).parents[1] / "tuned_examples"
+    files = sorted(folder.glob("*.py"))
+    assert files
+    for file in files:
+        spec = importlib.util.spec_from_file_location(f"tuned_{file.stem}", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.config.validate()
+        assert module.stop
+        assert "Results to expect" in module.__doc__
+
+
+def test_grpo_is_a_preset():
+    config = valid(GRPOConfig())
+    assert config.estimator == "grpo"
+    assert config.algo_class.__name__ == "GRPO"
+
+
+def test_importing_is_light_and_the_pure_parts_know_no_ray():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, {0}; "
+        "print(sorted(m for m in ('ray', 'torch', 'transformers', 'vllm') if m in sys.modules))"
+    )
+
+    def loaded(module):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    assert loaded("rllib_gtpo") == loaded("rllib_gtpo.types") == loaded("rllib_gtpo.sandbox") == "[]"
+    for module in ("ops.advantages", "ops.losses", "ops.logprobs", "ops.returns", "packing"):
+        assert loaded(f"rllib_gtpo.{module}") == "['torch']"
+    assert "ray" not in loaded("rllib_gtpo.chat")
+    assert "ray" not in loaded("rllib_gtpo.models")
+    assert "ray" not in loaded("rllib_gtpo.engines.hf")
+
+
+def test_the_names_are_known_to_tune():
+    from ray.tune.registry import get_trainable_cls
+
+    for name in ("GTPO", "GRPO", "SFT"):
+        assert get_trainable_cls(name).__name__ == name
