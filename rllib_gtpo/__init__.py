@@ -1,7 +1,7 @@
 """Train LLM agents that use tools over many turns, on Ray RLlib, with credit for every turn.
 
-Importing this package is light (neither torch nor ray is loaded) and makes the algorithms "GTPO", "GRPO"
-and "SFT" known to RLlib and Tune by name.
+Importing this package is light (neither torch nor ray is loaded) and makes the algorithms "GTPO",
+"GRPO" and "SFT" known to RLlib and Tune by name.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Runs `coroutine` to its end on a fresh loop: in this thread, or in another if this one has one."""
+    """Runs `coroutine` to its end on a fresh loop: in this thread, or in another if this one has
+    one."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -77,7 +77,10 @@ class GTPO(Algorithm):
     def step(self) -> Any:
         """RLlib's, without an evaluation's metrics where there was no evaluation."""
         results = super().step()
-        if not (self.config.evaluation_interval and (self.iteration + 1) % self.config.evaluation_interval == 0):
+        if not (
+            self.config.evaluation_interval
+            and (self.iteration + 1) % self.config.evaluation_interval == 0
+        ):
             results.pop(EVALUATION_RESULTS, None)
         return results
 
@@ -107,7 +110,8 @@ class GTPO(Algorithm):
         )
 
     def _sample_groups(self) -> tuple[list[Group], list[Any]]:
-        """The next `groups_per_step` usable groups; unusable tasks are replaced by the next ones."""
+        """The next `groups_per_step` usable groups; unusable tasks are replaced by the next
+        ones."""
         wanted = self.config.groups_per_step
         episodes: list[Any] = []
         skipped: dict[int, str] = {}
@@ -212,7 +216,9 @@ class GTPO(Algorithm):
 
         began = time.perf_counter()
         try:
-            metrics = run_cold_start(self, start, made.cold_start_steps, on_step, self.stop_requested)
+            metrics = run_cold_start(
+                self, start, made.cold_start_steps, on_step, self.stop_requested
+            )
         except Interrupted:
             self._stop_requested = False
             raise
@@ -229,6 +235,7 @@ class GTPO(Algorithm):
         """The cold start's data, read once."""
         if self._demonstrations is None:
             env = as_tool_env(self.env_creator(EnvContext(self.config.env_config, worker_index=0)))
+            env.call_format = self.config.build_call_format()
             self._demonstrations = load_demonstrations(
                 start,
                 env,
@@ -255,7 +262,8 @@ class GTPO(Algorithm):
     # Hooks of the run loop.
 
     def request_stop(self) -> None:
-        """Asks for an end at the next safe point: between cold-start steps, or after the iteration."""
+        """Asks for an end at the next safe point: between cold-start steps, or after the
+        iteration."""
         self._stop_requested = True
 
     def stop_requested(self) -> bool:
@@ -267,7 +275,9 @@ class GTPO(Algorithm):
         self.run_cold_start_once()
         if self.config.evaluation_interval and self.progress_made.accuracy_before is None:
             self.progress_made.accuracy_before = self._held_out_accuracy_now()
-            print(f"held-out accuracy before RL: {self.progress_made.accuracy_before:.3f}", flush=True)
+            print(
+                f"held-out accuracy before RL: {self.progress_made.accuracy_before:.3f}", flush=True
+            )
 
     def on_run_end(self) -> None:
         """The accuracy that training ends with."""
@@ -286,20 +296,31 @@ class GTPO(Algorithm):
     def summary_line(result: dict[str, Any]) -> str:
         """One line an iteration."""
         rewards = " ".join(f"{k} {v:+.3f}" for k, v in result["reward"].items())
-        times = " ".join(f"{k.removesuffix('_s')} {v:.1f}s" for k, v in result["time"].items() if k.endswith("_s"))
+        times = " ".join(
+            f"{k.removesuffix('_s')} {v:.1f}s"
+            for k, v in result["time"].items()
+            if k.endswith("_s")
+        )
         line = (
-            f"iter {result['training_iteration']:3d}  acc {result['accuracy']:.3f}  reward: {rewards}  "
-            f"turns {result['turn']['per_trajectory']:.2f}  tool err {result['tool']['error_rate']:.3f} "
-            f"invalid {result['tool']['invalid_rate']:.3f}  no-signal {result['group']['zero_std_frac']:.2f}  "
+            f"iter {result['training_iteration']:3d}  acc {result['accuracy']:.3f}  reward: "
+            f"{rewards}  "
+            f"turns {result['turn']['per_trajectory']:.2f}  tool err "
+            f"{result['tool']['error_rate']:.3f} "
+            f"invalid {result['tool']['invalid_rate']:.3f}  no-signal "
+            f"{result['group']['zero_std_frac']:.2f}  "
             f"kl {result['mismatch']['kl']:.1e}  ent {result['policy']['entropy']:.3f}  "
             f"{result['tokens']['per_s']:.0f} tok/s  {times}"
         )
         evaluation = result.get("evaluation", {})
-        return line + (f"  held-out {evaluation['accuracy']:.3f}" if "accuracy" in evaluation else "")
+        return line + (
+            f"  held-out {evaluation['accuracy']:.3f}" if "accuracy" in evaluation else ""
+        )
 
     # State.
 
-    def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> Any:
+    def get_state(
+        self, components: Any = None, *, not_components: Any = None, **kwargs: Any
+    ) -> Any:
         """RLlib's state and our own progress."""
         state = super().get_state(components, not_components=not_components, **kwargs)
         state[_STATE] = asdict(self.progress_made)
@@ -329,7 +350,8 @@ def _refuse_broken_environment(groups: list[Group]) -> None:
     ]
     if 2 * len(broken) > len(trajectories):
         raise EnvironmentFault(
-            f"{len(broken)} of {len(trajectories)} rollouts ended in an error of the environment. The "
+            f"{len(broken)} of {len(trajectories)} rollouts ended in an error of the "
+            "environment. The "
             f"first: {broken[0].error}"
         )
 

@@ -1,9 +1,9 @@
 """Messages to token ids and back, exactly and incrementally.
 
-What the policy sampled is never tokenised again: the prompt of turn k+1 is the prompt of turn k, plus
-the ids sampled in turn k, plus the ids of what the template puts between the end of an assistant turn
-and the next generation ("the delta").  The delta is derived from the template itself, and the template
-is checked once, at start, for being one for which that is possible.
+What the policy sampled is never tokenised again: the prompt of turn k+1 is the prompt of turn k,
+plus the ids sampled in turn k, plus the ids of what the template puts between the end of an
+assistant turn and the next generation ("the delta").  The delta is derived from the template
+itself, and the template is checked once, at start, for being one for which that is possible.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class CallFormat(Protocol):
 
 
 class HermesFormat:
-    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Qwen and Hermes models write it."""
+    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Qwen and Hermes models write
+    it."""
 
     name = "hermes"
     _CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
@@ -49,7 +50,9 @@ class HermesFormat:
     def parse(self, text: str, tools: Sequence[dict[str, Any]]) -> ParsedTurn:
         """See CallFormat."""
         body, thinking = _without_thinking(text)
-        calls = [self._call(m.group(1), m.group(0), bool(m.group(2))) for m in self._CALL.finditer(body)]
+        calls = [
+            self._call(m.group(1), m.group(0), bool(m.group(2))) for m in self._CALL.finditer(body)
+        ]
         return ParsedTurn(self._CALL.sub("", body).strip(), thinking, calls)
 
     def _call(self, inner: str, raw: str, closed: bool) -> ToolCall:
@@ -70,8 +73,8 @@ class HermesFormat:
 class FencedFormat:
     """A fenced code block whose language is a tool's name; its text is the tool's first parameter.
 
-    A block in another language is a call only by mistake: it counts (as invalid) where it ends the turn
-    and no valid call is there.  A fence of a tool that is never closed is invalid.
+    A block in another language is a call only by mistake: it counts (as invalid) where it ends the
+    turn and no valid call is there.  A fence of a tool that is never closed is invalid.
     """
 
     name = "fenced"
@@ -84,11 +87,17 @@ class FencedFormat:
         calls: list[ToolCall] = []
         stray: ToolCall | None = None
         for match in self._FENCE.finditer(body):
-            language, code, unclosed = match.group(1).strip(), match.group(2), match.group(3) is not None
+            language, code, unclosed = (
+                match.group(1).strip(),
+                match.group(2),
+                match.group(3) is not None,
+            )
             if language in parameters and not unclosed:
                 calls.append(ToolCall(language, {parameters[language]: code}, match.group(0)))
             elif language in parameters:
-                calls.append(ToolCall(language, raw=match.group(0), error="the block is not closed with ```"))
+                calls.append(
+                    ToolCall(language, raw=match.group(0), error="the block is not closed with ```")
+                )
             elif body[match.end() :].strip() == "":
                 known = ", ".join(f"```{name}" for name in parameters)
                 error = f"{language!r} is not a tool; start the block with {known}"
@@ -131,7 +140,8 @@ class ChatCodec:
         self.call_format = call_format(call_format_name)
         if not getattr(tokenizer, "chat_template", None):
             raise ChatTemplateError(
-                f"The tokenizer {tokenizer.name_or_path!r} has no chat template: use an instruction-tuned "
+                f"The tokenizer {tokenizer.name_or_path!r} has no chat template: use an "
+                "instruction-tuned "
                 "model, or set chat_template= to a template's text or file."
             )
         self.end_of_turn_id = self._end_of_turn()
@@ -140,7 +150,9 @@ class ChatCodec:
         self._delta_ids: dict[str, list[int]] = {}
         self._verify()
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
         """The ids of a whole conversation, ready for the policy's next turn."""
         return self._encode(self._render(messages, tools, generate=True))
 
@@ -161,8 +173,8 @@ class ChatCodec:
     ) -> tuple[list[int], list[bool]]:
         """A demonstration as ids, and for each id whether an assistant wrote it.
 
-        Built from prompts and deltas just as a rollout is, so that supervised training sees the very
-        token stream that rollouts produce.
+        Built from prompts and deltas just as a rollout is, so that supervised training sees the
+        very token stream that rollouts produce.
         """
         ids = self.prompt_ids(messages, tools)
         trained = [False] * len(ids)
@@ -199,7 +211,10 @@ class ChatCodec:
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, generate: bool
     ) -> str:
         text: str = self.tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, add_generation_prompt=generate, tokenize=False
+            list(messages),
+            tools=list(tools) or None,
+            add_generation_prompt=generate,
+            tokenize=False,
         )
         return text
 
@@ -209,10 +224,13 @@ class ChatCodec:
         _, found, after = self._render(conversation, generate=False).partition(_PROBE)
         ids = self._encode(after)
         if not found or not ids:
-            raise ChatTemplateError("The chat template does not close an assistant's message verbatim.")
+            raise ChatTemplateError(
+                "The chat template does not close an assistant's message verbatim."
+            )
         if ids[0] not in self._special_ids():
             raise ChatTemplateError(
-                f"The chat template closes an assistant's message with {after!r}, which does not start with a "
+                f"The chat template closes an assistant's message with {after!r}, which does "
+                "not start with a "
                 "special token, so the end of a turn cannot be sampled as one token."
             )
         return ids[0]
@@ -226,18 +244,23 @@ class ChatCodec:
         _, found, after = text.rpartition(_PROBE)
         end = self.tokenizer.decode([self.end_of_turn_id])
         if not found or not after.startswith(end):
-            raise ChatTemplateError("The chat template changes an assistant's message when others follow.")
+            raise ChatTemplateError(
+                "The chat template changes an assistant's message when others follow."
+            )
         return after[len(end) :]
 
     def _verify(self) -> None:
-        """Refuses a template that rewrites what came before (strips, trims, merges or re-orders)."""
+        """Refuses a template that rewrites what came before (strips, trims, merges or
+        re-orders)."""
         first = [_user("one"), _assistant("two")]
         answer = [{"role": "tool", "name": "probe", "content": "three"}]
         try:
             whole = self._render([*first, *answer, _assistant("four"), *answer], generate=True)
             end = self.tokenizer.decode([self.end_of_turn_id])
             delta = self._delta_text(answer)
-            pieces = self._render(first[:1], generate=True) + "two" + end + delta + "four" + end + delta
+            pieces = (
+                self._render(first[:1], generate=True) + "two" + end + delta + "four" + end + delta
+            )
         except ChatTemplateError:
             raise
         except Exception as error:

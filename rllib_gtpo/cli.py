@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
-    from rllib_gtpo.failures import guarded
+    from rllib_gtpo.command.failures import guarded
 
     return guarded(lambda: int(args.run(args)), debug=getattr(args, "debug", False))
 
@@ -114,7 +114,7 @@ _count.__name__ = "number"  # argparse names the type in its messages
 
 
 def _train_file(args: argparse.Namespace) -> int:
-    from rllib_gtpo.run import RunOptions, train_file
+    from rllib_gtpo.command.run import RunOptions, train_file
 
     options = RunOptions(
         stop=args.stop,
@@ -131,7 +131,7 @@ def _train_file(args: argparse.Namespace) -> int:
 
 
 def _example_list(_args: argparse.Namespace) -> int:
-    from rllib_gtpo.examples import list_examples
+    from rllib_gtpo.command.examples import list_examples
 
     return list_examples()
 

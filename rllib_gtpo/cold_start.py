@@ -1,7 +1,7 @@
 """Cold start: supervised training on demonstrations.
 
-The same module, learner, packing and token streams as RL: a demonstration is built from the prompts and
-deltas that rollouts are built from, and only what the assistant wrote is trained.
+The same module, learner, packing and token streams as RL: a demonstration is built from the prompts
+and deltas that rollouts are built from, and only what the assistant wrote is trained.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class ColdStart:
     data: "expert" (the environment's `expert(task)` on training tasks) or a JSON-lines file of
         {"messages": [...]}.
     steps, batch_size: optimizer steps, demonstrations per step.
-    lr: peak learning rate, after `warmup` (a fraction of the steps), decaying linearly to `final_lr_frac`.
+    lr: peak learning rate, after `warmup` (a fraction of the steps), decaying linearly to
+        `final_lr_frac`.
     demonstrations: most demonstrations to draw from the data.
     """
 
@@ -109,7 +110,9 @@ def load_demonstrations(
     too_long = 0
     for where, prompt, demonstration, tools in itertools.islice(source, start.demonstrations):
         if not any(m["role"] == "assistant" for m in demonstration):
-            raise DataError(f"{where}: has no assistant message, so there is nothing to learn from.")
+            raise DataError(
+                f"{where}: has no assistant message, so there is nothing to learn from."
+            )
         ids, trained = codec.conversation_ids(prompt, demonstration, tools)
         if len(ids) > max_context:
             too_long += 1
@@ -150,7 +153,8 @@ def _file(path: Path) -> _Source:
                 [m["content"] for m in messages]
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
-                    f'{where}: expected {{"messages": [{{"role": ..., "content": ...}}]}}: {error!r}'
+                    f'{where}: expected {{"messages": [{{"role": ..., "content": ...}}]}}: '
+                    f"{error!r}"
                 ) from error
             first = roles.index("assistant") if "assistant" in roles else len(roles)
             yield where, messages[:first], messages[first:], []
@@ -194,7 +198,11 @@ def call_learners(learner_group: Any, method: str, *args: Any) -> list[Any]:
 
 
 def run_cold_start(
-    algorithm: Any, start: ColdStart, done: int, on_step: Callable[[int], None], stop: Callable[[], bool]
+    algorithm: Any,
+    start: ColdStart,
+    done: int,
+    on_step: Callable[[int], None],
+    stop: Callable[[], bool],
 ) -> dict[str, float]:
     """The cold start of a GTPO run from step `done` on; returns its metrics."""
     config = algorithm.config
@@ -215,7 +223,9 @@ def run_cold_start(
             after_step=after_step,
             stop=stop,
         )
-    metrics = {"loss": last["loss"], "validation_loss": validation_loss(algorithm.learner_group, data)}
+    metrics = {
+        "loss": last["loss"],
+        "validation_loss": validation_loss(algorithm.learner_group, data),
+    }
     call_learners(algorithm.learner_group, "end_supervision")
     return metrics
-

@@ -1,4 +1,5 @@
-"""Every setting, by its one name: fluent calls in Python, the same keys flat in YAML and overrides."""
+"""Every setting, by its one name: fluent calls in Python, the same keys flat in YAML and
+overrides."""
 
 from __future__ import annotations
 
@@ -76,7 +77,7 @@ class GTPOConfig(AlgorithmConfig):
         self.mini_batches = 1
         self.epochs = 1
         self.token_budget = 16_384
-        self.optimizer = dict(_OPTIMIZER_DEFAULT)
+        self.optimizer: dict[str, Any] = dict(_OPTIMIZER_DEFAULT)
         # rewards
         self.format_penalty = 0.1
         self.penalize_tool_errors = 0.0
@@ -138,8 +139,8 @@ class GTPOConfig(AlgorithmConfig):
             chat_template: Text or file of a template, in place of the tokenizer's.
             dtype: "float32" or "bfloat16".
             call_format: How the policy writes tool calls: "hermes" or "fenced".
-            cold_start: Supervised training before RL: {"data": "expert" or a path, "steps", "batch_size",
-                "lr", ...}; see rllib_gtpo.cold_start.ColdStart.
+            cold_start: Supervised training before RL: {"data": "expert" or a path, "steps",
+                "batch_size", "lr", ...}; see rllib_gtpo.cold_start.ColdStart.
         """
         return self._set(
             model=model,
@@ -171,7 +172,8 @@ class GTPOConfig(AlgorithmConfig):
             top_p: Nucleus sampling; below 1 the sampler is no longer the policy, see the docs.
             max_turns: Most turns of a trajectory; None leaves it to the environment.
             max_turn_tokens: Most tokens of one turn.
-            max_tokens: Most tokens of a trajectory, prompt and tool output included; None: the model's.
+            max_tokens: Most tokens of a trajectory, prompt and tool output included; None: the
+                model's.
             max_concurrency: Trajectories in flight per env runner.
         """
         return self._set(
@@ -218,8 +220,9 @@ class GTPOConfig(AlgorithmConfig):
             estimator: Who gets credit: "gtpo", "grpo", "grpo_sum", ... (rllib_gtpo.ops.advantages).
             estimator_options: Its options, e.g. {"normalize": "group"}.
             uniform_groups: "keep" all groups, "drop_solved" ones, or "drop" all without a contrast.
-            clip_low, clip_high, dual_clip, kl_coeff, kl_estimator, aggregation, constant, ratio_level,
-                importance_sampling, importance_cap, entropy_coeff: See rllib_gtpo.ops.losses.Objective.
+            clip_low, clip_high, dual_clip, kl_coeff, kl_estimator, aggregation, constant,
+                ratio_level, importance_sampling, importance_cap, entropy_coeff: See
+                rllib_gtpo.ops.losses.Objective.
             mini_batches: Optimizer steps per pass over an iteration's groups.
             epochs: Passes over an iteration's groups.
             token_budget: Tokens of a micro-batch, padding included; memory, not the result.
@@ -274,8 +277,8 @@ class GTPOConfig(AlgorithmConfig):
         """RLlib's `seed` and more.
 
         Args:
-            deterministic: Engine and tools step in a fixed order, so that tokens, rewards and metrics
-                (times aside) repeat exactly under one seed.  Slower where tools are slow.
+            deterministic: Engine and tools step in a fixed order, so that tokens, rewards and
+                metrics (times aside) repeat exactly under one seed.  Slower where tools are slow.
             **kwargs: RLlib's.
         """
         super().debugging(**kwargs)
@@ -289,6 +292,10 @@ class GTPOConfig(AlgorithmConfig):
 
     # Dicts, YAML, overrides.
 
+    def attribute_name(self, key: str) -> str:
+        """Where the setting `key` is kept."""
+        return _ATTRIBUTE.get(key, key)
+
     def update_from_dict(self, config_dict: Mapping[str, Any]) -> GTPOConfig:
         """RLlib's, but an unknown key is an error that names the nearest valid one."""
         known = self.setting_names()
@@ -297,7 +304,9 @@ class GTPOConfig(AlgorithmConfig):
             if key == "model" and isinstance(value, Mapping) and "fcnet_hiddens" in value:
                 continue  # RLlib's old-stack attribute, from a config that was turned into a dict
             if key == "model_config":
-                raise ConfigError("model_config is set by language_model(); use model, dtype, ... instead.")
+                raise ConfigError(
+                    "model_config is set by language_model(); use model, dtype, ... instead."
+                )
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -369,7 +378,11 @@ class GTPOConfig(AlgorithmConfig):
         return GTPOLearner
 
     def build_env_to_module_connector(
-        self, env: Any = None, spaces: Any = None, device: Any = None, codec: ChatCodec | None = None
+        self,
+        env: Any = None,
+        spaces: Any = None,
+        device: Any = None,
+        codec: ChatCodec | None = None,
     ) -> Any:
         """The user's pieces, then messages to tokens."""
         from rllib_gtpo.connectors.chat import MessagesToTokens
@@ -422,7 +435,8 @@ class GTPOConfig(AlgorithmConfig):
     def _check_credit(self) -> None:
         if self.group_size < 2:
             raise ConfigError(
-                f"group_size={self.group_size}: a group needs at least 2 trajectories, since advantages "
+                f"group_size={self.group_size}: a group needs at least 2 trajectories, since "
+                "advantages "
                 "compare them with each other; 8 is a good start."
             )
         if self.estimator not in ESTIMATORS:
@@ -435,7 +449,8 @@ class GTPOConfig(AlgorithmConfig):
             raise ConfigError(f"gamma={self.gamma}: must lie in [0, 1].")
         if "gamma" not in chosen.options and self.gamma != _GAMMA:
             raise ConfigError(
-                f"gamma={self.gamma} has no effect with estimator={self.estimator!r}, which does not discount: "
+                f"gamma={self.gamma} has no effect with estimator={self.estimator!r}, which "
+                "does not discount: "
                 "leave it out."
             )
         if self.uniform_groups not in _UNIFORM:
@@ -444,12 +459,14 @@ class GTPOConfig(AlgorithmConfig):
             _positive(name, getattr(self, name))
         if self.mini_batches > self.groups_per_step:
             raise ConfigError(
-                f"mini_batches={self.mini_batches} is more than groups_per_step={self.groups_per_step}: "
+                f"mini_batches={self.mini_batches} is more than "
+                f"groups_per_step={self.groups_per_step}: "
                 "mini-batches are whole groups, so some would be empty."
             )
         if self.num_learners > self.groups_per_step:
             raise ConfigError(
-                f"num_learners={self.num_learners} is more than groups_per_step={self.groups_per_step}: "
+                f"num_learners={self.num_learners} is more than "
+                f"groups_per_step={self.groups_per_step}: "
                 "a group goes to one learner, so some would have nothing to do."
             )
 
@@ -458,7 +475,8 @@ class GTPOConfig(AlgorithmConfig):
             raise ConfigError(_one_of("engine", self.engine, _ENGINES))
         if self.temperature <= 0.0:
             raise ConfigError(
-                f"temperature={self.temperature}: training samples need a temperature above 0, or all "
+                f"temperature={self.temperature}: training samples need a temperature above 0, "
+                "or all "
                 "members of a group are the same."
             )
         if self.evaluation_temperature < 0.0:
@@ -472,12 +490,15 @@ class GTPOConfig(AlgorithmConfig):
                 _positive(name, getattr(self, name))
         if self.max_tokens is not None and self.max_turn_tokens > self.max_tokens:
             raise ConfigError(
-                f"max_turn_tokens={self.max_turn_tokens} is more than max_tokens={self.max_tokens}: one "
+                f"max_turn_tokens={self.max_turn_tokens} is more than "
+                f"max_tokens={self.max_tokens}: one "
                 "turn cannot be longer than the trajectory."
             )
         for name in ("format_penalty", "penalize_tool_errors"):
             if getattr(self, name) < 0.0:
-                raise ConfigError(f"{name}={getattr(self, name)}: give the size of the penalty, at least 0.")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)}: give the size of the penalty, at least 0."
+                )
 
     def _check_model(self) -> None:
         import torch
@@ -491,7 +512,9 @@ class GTPOConfig(AlgorithmConfig):
             names = [n for n, v in vars(torch.optim).items() if isinstance(v, type)]
             raise ConfigError(_one_of("optimizer name", name, names))
         if self.num_gpus_per_learner > 1:
-            raise ConfigError("num_gpus_per_learner: a learner uses one GPU; raise num_learners instead.")
+            raise ConfigError(
+                "num_gpus_per_learner: a learner uses one GPU; raise num_learners instead."
+            )
 
 
 class GRPOConfig(GTPOConfig):

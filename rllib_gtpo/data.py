@@ -19,8 +19,8 @@ def load_tasks(source: str | Sequence[Task] | dict[str, Any], split: str) -> lis
 
     source: a list of dicts (every split sees all of them), a dict from split to any source, a file
         (.jsonl, .json with a list, .parquet), a directory with one file per split
-        ("train.jsonl"), an s3://bucket/key of a file, a directory written by `save_to_disk`, or the id
-        of a Hugging Face dataset ("name" or "name:config").
+        ("train.jsonl"), an s3://bucket/key of a file, a directory written by `save_to_disk`, or the
+        id of a Hugging Face dataset ("name" or "name:config").
 
     Every error names the file and the row.
     """
@@ -55,7 +55,8 @@ def check_rows(rows: Iterable[Any], where: str) -> list[Task]:
             other = first_with.setdefault(row["id"], number)
             if other != number:
                 raise DataError(
-                    f"{where}, row {number}: id {row['id']!r} is taken by row {other}; ids name a task, "
+                    f"{where}, row {number}: id {row['id']!r} is taken by row {other}; ids name "
+                    "a task, "
                     "so make them unique or leave them out."
                 )
         checked.append(row)
@@ -78,7 +79,9 @@ def _from_file(path: Path) -> list[Task]:
         except ValueError as error:
             raise DataError(f"{path}: not JSON: {error}") from error
         if not isinstance(rows, list):
-            raise DataError(f"{path}: expected a list of objects; for one object a line use .jsonl.")
+            raise DataError(
+                f"{path}: expected a list of objects; for one object a line use .jsonl."
+            )
         return check_rows(rows, str(path))
     if path.suffix != ".jsonl":
         raise DataError(f"{path}: unknown kind of file; use one of {', '.join(_FILES)}.")
@@ -87,15 +90,16 @@ def _from_file(path: Path) -> list[Task]:
 
 def _lines(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8", errors="strict") as lines:
-        number = 0
+        read = 0
         try:
-            for number, line in enumerate(lines, start=1):
+            for line in lines:
+                read += 1
                 if line.strip():
                     yield json.loads(line)
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}, row {number + 1}: not UTF-8: {error}") from error
+            raise DataError(f"{path}, row {read + 1}: not UTF-8: {error}") from error
         except ValueError as error:
-            raise DataError(f"{path}, row {number}: not JSON: {error}") from error
+            raise DataError(f"{path}, row {read}: not JSON: {error}") from error
 
 
 def _from_s3(address: str, split: str) -> list[Task]:
@@ -104,14 +108,17 @@ def _from_s3(address: str, split: str) -> list[Task]:
 
     bucket, _, key = address.removeprefix("s3://").partition("/")
     if not bucket or Path(key).suffix not in _FILES:
-        raise DataError(f"{address}: expected s3://bucket/key with a key ending in {', '.join(_FILES)}.")
+        raise DataError(
+            f"{address}: expected s3://bucket/key with a key ending in {', '.join(_FILES)}."
+        )
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / Path(key).name
         try:
             boto3.client("s3").download_file(bucket, key, str(local))
         except (BotoCoreError, ClientError) as error:
             raise DataError(
-                f"{address}: {error}. Check the address, and that credentials reach the rollout workers "
+                f"{address}: {error}. Check the address, and that credentials reach the rollout "
+                "workers "
                 "(environment variables, an instance role, or ~/.aws)."
             ) from error
         return _from_file(local)
@@ -131,6 +138,7 @@ def _from_datasets(source: str, split: str) -> list[Task]:
         raise DataError(f"{source}: no split {split!r}; it has {sorted(loaded)}.") from error
     except Exception as error:
         raise DataError(
-            f"{source}: neither a file, nor a directory, nor a loadable Hugging Face dataset: {error}"
+            f"{source}: neither a file, nor a directory, nor a loadable Hugging Face dataset: "
+            f"{error}"
         ) from error
     return check_rows(rows, f"{source} [{split}]")

@@ -7,7 +7,8 @@
         tools = [search]
         def tasks(self, split): return rows(split)
         def prompt(self, task): return task["question"]
-        def reward(self, trajectory, task): return {"accuracy": float(trajectory.answer == task["answer"])}
+        def reward(self, trajectory, task): return {"accuracy": float(trajectory.answer ==
+        task["answer"])}
 
 An instance is light and serves one trajectory at a time; `tasks` is called once per rollout worker.
 """
@@ -83,8 +84,8 @@ class ToolEnv(gym.Env[Any, Any]):
     def tasks(self, split: str) -> Iterable[Task]:
         """The rows of a split ("train", "validation", "test").
 
-        By default the rows of `env_config["tasks"]`: a path (JSON lines, Parquet), an s3:// address, a
-        Hugging Face dataset, or a list of dicts.
+        By default the rows of `env_config["tasks"]`: a path (JSON lines, Parquet), an s3://
+        address, a Hugging Face dataset, or a list of dicts.
         """
         if "tasks" not in self.env_config:
             raise DataError(
@@ -99,7 +100,8 @@ class ToolEnv(gym.Env[Any, Any]):
             if key in task:
                 return task[key]  # type: ignore[no-any-return]
         raise DataError(
-            f"Task {task_id(task)} has no 'prompt', 'question' or 'problem' (it has {sorted(task)}): "
+            f"Task {task_id(task)} has no 'prompt', 'question' or 'problem' (it has "
+            f"{sorted(task)}): "
             "override prompt(self, task)."
         )
 
@@ -129,7 +131,8 @@ class ToolEnv(gym.Env[Any, Any]):
         return trajectory.turns[-1].rewards.get("accuracy", 0.0) >= 1.0
 
     def done(self, trajectory: Trajectory, task: Task) -> bool:
-        """Whether the environment ends the trajectory after a turn with calls (a game that is over)."""
+        """Whether the environment ends the trajectory after a turn with calls (a game that is
+        over)."""
         return False
 
     def expert(self, task: Task) -> Iterable[list[Message]]:
@@ -165,7 +168,9 @@ class ToolEnv(gym.Env[Any, Any]):
     def first_messages(self, task: Task) -> list[Message]:
         """System message, if any, and prompt."""
         prompt = self.prompt(task)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages = (
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        )
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
         return messages
@@ -174,8 +179,11 @@ class ToolEnv(gym.Env[Any, Any]):
         """One turn, synchronously.  A string is parsed with `self.call_format`."""
         return run_coroutine(self.astep(action))
 
-    async def astep(self, action: str | Turn) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """One turn: runs its tool calls concurrently, scores it, and ends the trajectory if it is over."""
+    async def astep(
+        self, action: str | Turn
+    ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """One turn: runs its tool calls concurrently, scores it, and ends the trajectory if it is
+        over."""
         trajectory = self.trajectory
         if trajectory is None or trajectory.stop_reason is not None:
             raise EnvironmentFault("step() needs a running trajectory: call reset() first.")
@@ -185,7 +193,10 @@ class ToolEnv(gym.Env[Any, Any]):
         truncated = turn.finish != "stop"
         if not truncated and turn.calls:
             turn.results = await run_calls(
-                self._tools, turn.calls, timeout=self.tool_timeout, output_chars=self.tool_output_chars
+                self._tools,
+                turn.calls,
+                timeout=self.tool_timeout,
+                output_chars=self.tool_output_chars,
             )
         self.rubric.score_turn(self, trajectory, turn)
         reason = self._reason_to_stop(trajectory, turn, truncated)
@@ -202,7 +213,9 @@ class ToolEnv(gym.Env[Any, Any]):
         self.trajectory.answer = self.answer(self.trajectory) if self.trajectory.turns else None
         self.rubric.score_end(self, self.trajectory)
 
-    def _reason_to_stop(self, trajectory: Trajectory, turn: Turn, truncated: bool) -> StopReason | None:
+    def _reason_to_stop(
+        self, trajectory: Trajectory, turn: Turn, truncated: bool
+    ) -> StopReason | None:
         if truncated:
             return StopReason.TURN_TRUNCATED
         if not turn.calls:
@@ -213,13 +226,14 @@ class ToolEnv(gym.Env[Any, Any]):
 
     def _turn_of(self, text: str) -> Turn:
         parsed = self.call_format.parse(text, self.tool_schemas)
-        return Turn(0, text=text, content=parsed.content, thinking=parsed.thinking, calls=parsed.calls)
+        return Turn(
+            0, text=text, content=parsed.content, thinking=parsed.thinking, calls=parsed.calls
+        )
 
     def _as_tool(self, tool: Callable[..., Any] | Tool) -> Tool:
         """A function is a tool; a function of the class body is a method, so it is bound first."""
         if isinstance(tool, Tool):
             return tool
         name = getattr(tool, "__name__", "")
-        if inspect.getattr_static(type(self), name, None) is tool:
-            tool = getattr(self, name)
-        return Tool.from_function(tool)
+        is_method = inspect.getattr_static(type(self), name, None) is tool
+        return Tool.from_function(getattr(self, name) if is_method else tool)

@@ -98,11 +98,16 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
     # Rollouts.
 
     def sample(self, *, num_episodes: int | None = None, **kwargs: Any) -> list[SingleAgentEpisode]:
-        """RLlib's entry point: at least `num_episodes` episodes, as whole groups from the start of the split.
+        """RLlib's entry point: at least `num_episodes` episodes, as whole groups from the start of
+        the split.
 
         Training and evaluation call `sample_groups`, which says which groups.
         """
-        members = self.config.evaluation_samples_per_task if self.config.in_evaluation else self.config.group_size
+        members = (
+            self.config.evaluation_samples_per_task
+            if self.config.in_evaluation
+            else self.config.group_size
+        )
         count = -(-(num_episodes or members) // members)
         return self.sample_groups([GroupJob(p, members, 0) for p in range(count)]).episodes
 
@@ -120,7 +125,8 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         return out
 
     def try_sample_groups(self, jobs: Sequence[GroupJob]) -> Rollouts:
-        """`sample_groups` for remote calls: an exception that escaped would end this actor instead."""
+        """`sample_groups` for remote calls: an exception that escaped would end this actor
+        instead."""
         try:
             return self.sample_groups(jobs)
         except Exception as error:
@@ -128,7 +134,8 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
             return Rollouts(failure=error)
 
     def task_at(self, position: int) -> Task:
-        """The task at a position of the endless stream: the split, shuffled anew each epoch when training."""
+        """The task at a position of the endless stream: the split, shuffled anew each epoch when
+        training."""
         tasks = self._load(self.config.evaluation_split if self.config.in_evaluation else "train")
         epoch, index = divmod(position, len(tasks))
         if not self.config.in_evaluation:
@@ -142,7 +149,8 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
             rows = list(self.env.tasks(split))
             if not rows:
                 raise DataError(
-                    f"{type(self.env).__name__}.tasks({split!r}) has no rows: check the data, or set "
+                    f"{type(self.env).__name__}.tasks({split!r}) has no rows: check the data, "
+                    "or set "
                     "evaluation(split=...) to a split that exists."
                 )
             self._tasks[split] = rows
@@ -191,7 +199,8 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
                 task.cancel()
 
     async def _run_in_step(self, rollouts: list[Rollout], finished: Callable[[], None]) -> None:
-        """All trajectories turn by turn in a fixed order, so that batches and sums repeat bit for bit."""
+        """All trajectories turn by turn in a fixed order, so that batches and sums repeat bit for
+        bit."""
         for start in range(0, len(rollouts), self.config.max_concurrency):
             live = rollouts[start : start + self.config.max_concurrency]
             while live:
@@ -208,10 +217,10 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         """Scores whole groups; from here on rewards are final."""
         for rollout in rollouts:
             rollout.close()
-        for group in group_trajectories([r.env.trajectory for r in rollouts]):
+        for group in group_trajectories([r.trajectory for r in rollouts]):
             self.env.rubric.score_group(self.env, group)
         for rollout in rollouts:
-            attach_trajectory(rollout.episode, rollout.env.trajectory)
+            attach_trajectory(rollout.episode, rollout.trajectory)
             self.callback("on_episode_end", rollout.episode, prev_episode_chunks=[])
         return [r.episode for r in rollouts]
 
@@ -288,7 +297,8 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         vocabulary = len(self.codec.tokenizer)
         if vocabulary > self.module.vocab_size:
             raise ConfigError(
-                f"The tokenizer has {vocabulary} tokens and the model only {self.module.vocab_size}: "
+                f"The tokenizer has {vocabulary} tokens and the model only "
+                f"{self.module.vocab_size}: "
                 "use the tokenizer that belongs to the model."
             )
 
@@ -309,7 +319,9 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         self, components: Any = None, *, not_components: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Lifetime counter and, unless left out, the weights."""
-        state: dict[str, Any] = {NUM_ENV_STEPS_SAMPLED_LIFETIME: self.num_env_steps_sampled_lifetime}
+        state: dict[str, Any] = {
+            NUM_ENV_STEPS_SAMPLED_LIFETIME: self.num_env_steps_sampled_lifetime
+        }
         if self._check_component(COMPONENT_RL_MODULE, components, not_components):
             state[COMPONENT_RL_MODULE] = self.module.get_state(**kwargs)
             state[WEIGHTS_SEQ_NO] = self._weights_seq_no
@@ -363,4 +375,3 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-

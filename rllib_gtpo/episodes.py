@@ -1,8 +1,9 @@
 """The one place that turns rollouts into RLlib episodes and episodes into rollouts.
 
-An episode is RLlib's SingleAgentEpisode with one env step per turn: observations are `Observation`s,
-actions are the turns' texts, rewards are the summed turn rewards.  The typed `Trajectory` travels in the
-episode's `custom_data`, which survives pickling (not slicing: episodes are never sliced here).
+An episode is RLlib's SingleAgentEpisode with one env step per turn: observations are
+`Observation`s, actions are the turns' texts, rewards are the summed turn rewards.  The typed
+`Trajectory` travels in the episode's `custom_data`, which survives pickling (not slicing: episodes
+are never sliced here).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _TRAJECTORY = "trajectory"
 
 
 def attach_trajectory(episode: SingleAgentEpisode, trajectory: Trajectory) -> None:
-    """Stores the typed view with the episode, and makes the episode's rewards the turns' rewards."""
+    """Stores the typed view with the episode, and makes the episode's rewards the turns'
+    rewards."""
     episode.custom_data[_TRAJECTORY] = trajectory
     if trajectory.turns:
         episode.set_rewards(new_data=[turn.reward for turn in trajectory.turns])
@@ -29,7 +31,8 @@ def trajectory_of(episode: SingleAgentEpisode) -> Trajectory:
     """The typed view of an episode."""
     if _TRAJECTORY not in episode.custom_data:
         raise GTPOError(
-            f"Episode {episode.id_} carries no trajectory: it was not sampled by a GTPO env runner, or it "
+            f"Episode {episode.id_} carries no trajectory: it was not sampled by a GTPO env "
+            "runner, or it "
             "was sliced on the way."
         )
     trajectory: Trajectory = episode.custom_data[_TRAJECTORY]

@@ -16,9 +16,11 @@ from rllib_gtpo.sampling import sample_groups
 
 
 def evaluate_split(algorithm: Any, runners: Any) -> tuple[dict[str, Any], int, int]:
-    """RLlib's custom evaluation function: the first `evaluation_duration` trajectories of the split.
+    """RLlib's custom evaluation function: the first `evaluation_duration` trajectories of the
+    split.
 
-    The tasks and the sampler's keys are the same at every evaluation, so differences are the policy's.
+    The tasks and the sampler's keys are the same at every evaluation, so differences are the
+    policy's.
     """
     config = algorithm.evaluation_config
     members = config.evaluation_samples_per_task
@@ -32,7 +34,9 @@ def evaluate_split(algorithm: Any, runners: Any) -> tuple[dict[str, Any], int, i
             on_trajectory=bar.step,
         )
     if not sampled.episodes:
-        raise DataError(f"evaluation has no usable task: {next(iter(sampled.skipped.values()), '')}")
+        raise DataError(
+            f"evaluation has no usable task: {next(iter(sampled.skipped.values()), '')}"
+        )
     groups = groups_of(sampled.episodes)
     metrics = rollout_metrics(groups)
     logger = MetricsLogger(root=False)

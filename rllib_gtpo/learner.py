@@ -1,10 +1,11 @@
-"""The Learner: group-normalised turn credit, exact gradient accumulation, one optimizer step at a time.
+"""The Learner: group-normalised turn credit, exact gradient accumulation, one optimizer step at a
+time.
 
-RLlib's own update loop knows neither accumulation nor ragged token batches, so `update` is replaced as a
-whole; its hooks, optimizer registry, schedules, metrics and state are RLlib's.
+RLlib's own update loop knows neither accumulation nor ragged token batches, so `update` is replaced
+as a whole; its hooks, optimizer registry, schedules, metrics and state are RLlib's.
 
-However many learners there are and however their shards are cut into micro-batches, the gradient is that
-of one loss over the global batch: every normaliser is summed over learners before it divides.
+However many learners there are and however their shards are cut into micro-batches, the gradient is
+that of one loss over the global batch: every normaliser is summed over learners before it divides.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class GTPOLearner(TorchLearner):
         super().__init__(**kwargs)
         self.last_batch: TrainedBatch | None = None
         self._bad_steps = 0
-        self._reference: torch.nn.Module | None = None
+        self._reference: Any = None
         self._objective: Objective = self.config.build_objective()
 
     # RLlib's hooks.
@@ -129,7 +130,10 @@ class GTPOLearner(TorchLearner):
     def _get_optimizer_state(self) -> dict[str, Any]:
         """Without RLlib's way through numpy, which loses bfloat16 and integer steps."""
         return {
-            name: {"module_id": self._optimizer_name_to_module[name], "state": optimizer.state_dict()}
+            name: {
+                "module_id": self._optimizer_name_to_module[name],
+                "state": optimizer.state_dict(),
+            }
             for name, optimizer in self._named_optimizers.items()
         }
 
@@ -169,14 +173,15 @@ class GTPOLearner(TorchLearner):
         rows = [sum(len(t.turns) for t in g.trajectories) for g in trained.groups]
         group = torch.repeat_interleave(torch.tensor(rows, dtype=torch.long)).to(advantages.device)
         size = torch.zeros(len(rows), dtype=advantages.dtype, device=advantages.device)
-        silent = (size.index_add(0, group, advantages.abs()) == 0).sum()
-        sums = [len(rows) + dropped, silent + dropped, dropped, len(advantages), advantages.abs().sum()]
-        totals = self._sum(torch.tensor([float(s) for s in sums], dtype=torch.float64, device=self._device))
-        groups, silent_groups, dropped_groups, turns, magnitude = totals.tolist()
+        silent = int((size.index_add(0, group, advantages.abs()) == 0).sum())
+        magnitude = float(advantages.abs().sum())
+        sums = [len(rows) + dropped, silent + dropped, dropped, len(advantages), magnitude]
+        totals = self._sum(torch.tensor(sums, dtype=torch.float64, device=self._device))
+        groups, silent_groups, dropped_groups, turns, total = totals.tolist()
         return {
             "group/zero_std_frac": silent_groups / max(groups, 1.0),
             "group/dropped_frac": dropped_groups / max(groups, 1.0),
-            "advantage/abs_mean": magnitude / max(turns, 1.0),
+            "advantage/abs_mean": total / max(turns, 1.0),
         }
 
     def _train_on(
@@ -248,7 +253,9 @@ class GTPOLearner(TorchLearner):
         found: dict[int, Tensor] = {}
         module = self._unwrapped
         with torch.no_grad():
-            for indices in micro_batches([len(s.token_ids) for s in sequences], self.config.token_budget):
+            for indices in micro_batches(
+                [len(s.token_ids) for s in sequences], self.config.token_budget
+            ):
                 batch = collate(sequences, indices).to(self._device)
                 logprobs = module.forward_train({"tokens": batch})[LOGPROBS]
                 for index in indices:
@@ -258,7 +265,8 @@ class GTPOLearner(TorchLearner):
     # Supervision.
 
     def supervised_step(self, sequences: list[TokenSequence], lr: float, grad_clip: float) -> float:
-        """One step of next-token loss on demonstrations; every learner is given all and takes its share."""
+        """One step of next-token loss on demonstrations; every learner is given all and takes its
+        share."""
         mine = list(range(self._rank, len(sequences), self._world))
         tokens = max(1, sum(s.num_trained for s in sequences))
         optimizer = self.get_optimizer(DEFAULT_MODULE_ID, SUPERVISED)
@@ -266,7 +274,9 @@ class GTPOLearner(TorchLearner):
 
         def loss(batch: TokenBatch, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
             total = -output[LOGPROBS].sum()
-            return total / tokens, {"tokens": torch.tensor(len(batch.targets_N), dtype=torch.float64)}
+            return total / tokens, {
+                "tokens": torch.tensor(len(batch.targets_N), dtype=torch.float64)
+            }
 
         return self._step(sequences, mine, loss, SUPERVISED, grad_clip)["loss"]
 
@@ -311,19 +321,24 @@ class GTPOLearner(TorchLearner):
             with self._synchronised(last=number == backward_passes - 1):
                 output = self.module[DEFAULT_MODULE_ID].forward_train({"tokens": batch})
                 loss, sums = loss_fn(batch, output)
-                (loss * self._world).backward()  # learners' gradients are averaged: undo the division
+                (
+                    loss * self._world
+                ).backward()  # learners' gradients are averaged: undo the division
             metrics.append(sums)
             total_loss += loss.detach()
             computed += batch.num_tokens
         report = finish_metrics(self._reduce_metrics(merge_metrics(metrics) if metrics else {}))
         report["loss"] = float(self._sum(total_loss))
-        report["computed_tokens"] = float(self._sum(torch.tensor(float(computed), device=self._device)))
+        report["computed_tokens"] = float(
+            self._sum(torch.tensor(float(computed), device=self._device))
+        )
         report["grad/norm"] = self._apply_gradients(optimizer, grad_clip or self.config.grad_clip)
         report["grad/skipped"] = float(self._bad_steps > 0)
         return report
 
     def _apply_gradients(self, optimizer: torch.optim.Optimizer, clip: float | None) -> float:
-        """Clips by global norm and steps; a non-finite gradient leaves weights and moments untouched."""
+        """Clips by global norm and steps; a non-finite gradient leaves weights and moments
+        untouched."""
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         if not parameters:
             return 0.0
@@ -335,7 +350,8 @@ class GTPOLearner(TorchLearner):
             self._bad_steps += 1
             if self._bad_steps >= MAX_BAD_STEPS:
                 raise GTPOError(
-                    f"{MAX_BAD_STEPS} updates in a row had non-finite gradients; the weights are those "
+                    f"{MAX_BAD_STEPS} updates in a row had non-finite gradients; the weights "
+                    "are those "
                     "before the first of them. Lower lr, check rewards, or use dtype='float32'."
                 )
         optimizer.zero_grad(set_to_none=True)

@@ -73,7 +73,8 @@ def token_sequences(trajectories: Sequence[Trajectory]) -> list[TokenSequence]:
         for turn in trajectory.turns:
             if len(turn.token_ids) != len(turn.logprobs):
                 raise ValueError(
-                    f"turn {turn.index} of group {trajectory.group_id}, member {trajectory.member} has "
+                    f"turn {turn.index} of group {trajectory.group_id}, member "
+                    f"{trajectory.member} has "
                     f"{len(turn.token_ids)} sampled ids and {len(turn.logprobs)} log-probabilities"
                 )
             ids += turn.prompt_ids + turn.token_ids
@@ -85,7 +86,8 @@ def token_sequences(trajectories: Sequence[Trajectory]) -> list[TokenSequence]:
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Indices of sequences by micro-batch: similar lengths together, rows x longest within the budget.
+    """Indices of sequences by micro-batch: similar lengths together, rows x longest within the
+    budget.
 
     A sequence longer than the budget gets a micro-batch of its own.
     """
@@ -116,7 +118,9 @@ def collate(sequences: Sequence[TokenSequence], indices: Sequence[int]) -> Token
             if turn == NOT_TRAINED:
                 continue
             if at == 0:
-                raise ValueError("the first token of a sequence has no context to be predicted from")
+                raise ValueError(
+                    "the first token of a sequence has no context to be predicted from"
+                )
             positions.append(row * width + at - 1)
             targets.append(sequence.token_ids[at])
             turns.append(turn)

@@ -21,7 +21,14 @@ class Progress:
         self._printed = time.monotonic()
         terminal = enabled and sys.stderr.isatty()
         self._bar = (
-            tqdm(total=total, initial=start, desc=label, leave=False, dynamic_ncols=True, mininterval=0.1)
+            tqdm(
+                total=total,
+                initial=start,
+                desc=label,
+                leave=False,
+                dynamic_ncols=True,
+                mininterval=0.1,
+            )
             if terminal
             else None
         )

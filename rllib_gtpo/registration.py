@@ -1,8 +1,8 @@
 """Makes algorithms known to Tune by name without importing Tune, RLlib or torch.
 
-Tune keeps pickled classes and unpickles one when its name is looked up.  So what is registered here is an
-object that unpickles to the class, importing it only then; and if Tune itself is not loaded yet, the
-registration waits for its import.
+Tune keeps pickled classes and unpickles one when its name is looked up.  So what is registered here
+is an object that unpickles to the class, importing it only then; and if Tune itself is not loaded
+yet, the registration waits for its import.
 """
 
 from __future__ import annotations

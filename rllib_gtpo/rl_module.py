@@ -20,8 +20,8 @@ ENTROPY = "entropy"
 class LLMModule(TorchRLModule):
     """A Hugging Face causal LM.  `model_config`: model, dtype, seed, temperature.
 
-    The forward pass runs inside `_forward_train`, log-probabilities included, so that wrappers (DDP and
-    sharding) see one call with a small result instead of logits of the whole vocabulary.
+    The forward pass runs inside `_forward_train`, log-probabilities included, so that wrappers (DDP
+    and sharding) see one call with a small result instead of logits of the whole vocabulary.
     """
 
     framework = "torch"
@@ -30,7 +30,10 @@ class LLMModule(TorchRLModule):
         """Loads or makes the model."""
         settings = self.model_config
         self.model = load_model(
-            settings["model"], dtype=settings["dtype"], seed=settings["seed"], tokenizer=settings["tokenizer"]
+            settings["model"],
+            dtype=settings["dtype"],
+            seed=settings["seed"],
+            tokenizer=settings["tokenizer"],
         )
         self.temperature: float = settings["temperature"]
 
@@ -59,12 +62,19 @@ class LLMModule(TorchRLModule):
         )
         if not len(logprobs_N):  # keep the graph, so that every rank runs a backward pass
             logprobs_N = logprobs_N + output.last_hidden_state.sum() * 0.0
+        assert entropy_N is not None
         return {LOGPROBS: logprobs_N, ENTROPY: entropy_N}
 
     def get_state(
-        self, components: Any = None, *, not_components: Any = None, inference_only: bool = False, **kwargs: Any
+        self,
+        components: Any = None,
+        *,
+        not_components: Any = None,
+        inference_only: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """CPU copies in their own dtype (RLlib's numpy detour cannot carry bfloat16); tied weights once."""
+        """CPU copies in their own dtype (RLlib's numpy detour cannot carry bfloat16); tied weights
+        once."""
         state: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, value in self.state_dict().items():

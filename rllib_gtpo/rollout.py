@@ -57,26 +57,31 @@ class Rollout:
             self.env.trajectory = Trajectory(self._task)
             self._fail(StopReason.ENV_ERROR, error)
             observation, infos = Observation([]), {}
-        assert self.env.trajectory is not None
-        self.env.trajectory.group_id, self.env.trajectory.member = self._group_id, self._member
+        self.trajectory.group_id, self.trajectory.member = self._group_id, self._member
         self.episode.add_env_reset(observation, infos)
         self._runner.callback("on_episode_start", self.episode)
         if self.done:
-            return f"task {task_id(self._task)}: reset failed: {self.env.trajectory.error}"
+            return f"task {task_id(self._task)}: reset failed: {self.trajectory.error}"
         self._see_observation()
         room = self._runner.engine.max_context - len(self._context)
         if room < 1:
             return (
-                f"task {task_id(self._task)}: its prompt has {len(self._context)} tokens and the context "
+                f"task {task_id(self._task)}: its prompt has {len(self._context)} tokens and "
+                "the context "
                 f"holds {self._runner.engine.max_context}: shorten it, or raise max_tokens"
             )
         return None
 
     @property
+    def trajectory(self) -> Trajectory:
+        """What the environment has recorded so far."""
+        assert self.env.trajectory is not None, "open() first"
+        return self.env.trajectory
+
+    @property
     def done(self) -> bool:
         """Whether the trajectory has ended."""
-        assert self.env.trajectory is not None
-        return self.env.trajectory.stop_reason is not None
+        return self.trajectory.stop_reason is not None
 
     def request(self) -> Request | None:
         """What to generate next; None when the trajectory has ended."""
@@ -97,18 +102,21 @@ class Rollout:
         """One turn: parse, step the environment, record."""
         turn = self._to_turn(completion)
         self._context = self._context + completion.token_ids
-        observation, terminated, truncated, infos = Observation([]), False, True, {}
+        observation, terminated, truncated = Observation([]), False, True
+        infos: dict[str, Any] = {}
         try:
             step = self.env.astep(turn)
-            observation, _, terminated, truncated, infos = await asyncio.wait_for(step, TURN_TIMEOUT_S)
+            observation, _, terminated, truncated, infos = await asyncio.wait_for(
+                step, TURN_TIMEOUT_S
+            )
         except TimeoutError:
             self._fail(StopReason.ENV_TIMEOUT, TimeoutError(f"no answer in {TURN_TIMEOUT_S:g} s"))
         except Exception as error:
             self._fail(StopReason.ENV_ERROR, error)
-        if self.env.trajectory.stop_reason is StopReason.TURN_TRUNCATED and (
+        if self.trajectory.stop_reason is StopReason.TURN_TRUNCATED and (
             len(self._context) >= self._runner.engine.max_context
         ):
-            self.env.trajectory.stop_reason = StopReason.MAX_TOKENS
+            self.trajectory.stop_reason = StopReason.MAX_TOKENS
         self.episode.add_env_step(
             observation,
             turn.text,
@@ -149,8 +157,7 @@ class Rollout:
         self.episode.is_truncated = True
 
     def _fail(self, reason: StopReason, error: BaseException) -> None:
-        trajectory = self.env.trajectory
-        assert trajectory is not None
+        trajectory = self.trajectory
         trajectory.stop_reason, trajectory.answer, trajectory.correct = reason, None, False
         trajectory.error = f"{type(error).__name__}: {error}"
         logger.debug("rollout ended by the environment", exc_info=error)

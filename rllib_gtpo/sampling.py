@@ -51,8 +51,10 @@ def sample_groups(
             sampled.episodes.sort(key=lambda e: order[trajectory_of(e).group_id])
             return sampled
     raise EnvironmentFault(
-        f"{len(pending)} of {len(jobs)} groups could not be sampled in {_MAX_ROUNDS} attempts: env runners "
-        "keep dying. Their logs say why (ray logs); memory is the usual reason: lower max_concurrency."
+        f"{len(pending)} of {len(jobs)} groups could not be sampled in {_MAX_ROUNDS} attempts: "
+        "env runners "
+        "keep dying. Their logs say why (ray logs); memory is the usual reason: lower "
+        "max_concurrency."
     )
 
 

@@ -1,7 +1,7 @@
 """SFT: supervised training on demonstrations as an RLlib Algorithm of its own.
 
-An iteration is `steps_per_iteration` steps of `cold_start`, so that long supervised runs have progress,
-metrics, checkpoints and evaluation like any other.
+An iteration is `steps_per_iteration` steps of `cold_start`, so that long supervised runs have
+progress, metrics, checkpoints and evaluation like any other.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class SFT(GTPO):
         """One line an iteration."""
         sft = result["sft"]
         return (
-            f"iter {result['training_iteration']:3d}  step {sft['steps']:.0f}  loss {sft['loss']:.4f}  "
+            f"iter {result['training_iteration']:3d}  step {sft['steps']:.0f}  loss "
+            f"{sft['loss']:.4f}  "
             f"validation {sft['validation_loss']:.4f}  {result['time']['update_s']:.1f}s"
         )

@@ -24,13 +24,15 @@ def as_tool_env(env: Any) -> ToolEnv:
     if isinstance(env, gym.Env) and isinstance(env.observation_space, gym.spaces.Text):
         return TextEnv(env)
     raise EnvironmentFault(
-        f"{type(inner).__name__} is neither a rllib_gtpo.ToolEnv nor a gymnasium environment with Text "
+        f"{type(inner).__name__} is neither a rllib_gtpo.ToolEnv nor a gymnasium environment "
+        "with Text "
         "observations: derive it from ToolEnv."
     )
 
 
 class TextEnv(ToolEnv):
-    """One task per seed; observations become user messages; the environment's reward is component "env".
+    """One task per seed; observations become user messages; the environment's reward is component
+    "env".
 
     A trajectory is correct where the last `info` says `is_success`.
     """
@@ -56,14 +58,18 @@ class TextEnv(ToolEnv):
         self.trajectory = Trajectory(task)
         return Observation([{"role": "user", "content": text}]), info
 
-    async def astep(self, action: str | Turn) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    async def astep(
+        self, action: str | Turn
+    ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Steps the inner environment with the turn's content, in a thread."""
         trajectory = self.trajectory
         assert trajectory is not None
         turn = Turn(0, text=action, content=action) if isinstance(action, str) else action
         turn.index = len(trajectory.turns)
         trajectory.turns.append(turn)
-        text, reward, terminated, truncated, info = await asyncio.to_thread(self.inner.step, turn.content)
+        text, reward, terminated, truncated, info = await asyncio.to_thread(
+            self.inner.step, turn.content
+        )
         turn.rewards["env"] = float(reward)
         self._success = bool(info.get("is_success", False))
         limit = len(trajectory.turns) >= self.turn_limit
@@ -74,7 +80,13 @@ class TextEnv(ToolEnv):
         elif truncated or limit:
             self.end(StopReason.MAX_TURNS)
         over = trajectory.stop_reason is not None
-        return Observation([{"role": "user", "content": text}]), turn.reward, terminated, over and not terminated, info
+        return (
+            Observation([{"role": "user", "content": text}]),
+            turn.reward,
+            terminated,
+            over and not terminated,
+            info,
+        )
 
     def reward(self, trajectory: Trajectory, task: Task) -> Mapping[str, float]:
         """Nothing beyond what the environment gave."""

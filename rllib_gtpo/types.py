@@ -1,14 +1,15 @@
 """Every concept of a rollout, named once.  Standard library only.
 
-A *group* is the rollouts ("trajectories") of one prompt.  A trajectory is a list of *turns*.  A turn
-is what the policy sampled in one go plus what the tools answered to it:
+A *group* is the rollouts ("trajectories") of one prompt.  A trajectory is a list of *turns*.  A
+turn is what the policy sampled in one go plus what the tools answered to it:
 
-    context added before the turn (never trained)   Turn.prompt_ids     "...<|im_start|>assistant\\n"
-    what the policy sampled (trained)               Turn.token_ids      "```python\\nprint(1+1)\\n```<|im_end|>"
-    what the tools answered (never trained)         first part of the next turn's prompt_ids
+    context added before the turn (never trained)   Turn.prompt_ids
+    "...<|im_start|>assistant\\n" what the policy sampled (trained)               Turn.token_ids
+     "```python\\nprint(1+1)\\n```<|im_end|>" what the tools answered (never trained)         first
+     part of the next turn's prompt_ids
 
-so the token stream of a trajectory is  p0 c0 p1 c1 ... pK cK  with p = prompt_ids, c = token_ids, and
-no token belongs to two turns.
+so the token stream of a trajectory is  p0 c0 p1 c1 ... pK cK  with p = prompt_ids, c = token_ids,
+and no token belongs to two turns.
 
 Example: "What is 2 + 3 * 4?" solved with one tool call is two turns:
     turn 0  text "```python\\nprint(2+3*4)\\n```"  calls [ToolCall("python", ...)]  results ["14"]
@@ -52,7 +53,8 @@ class ToolError(StrEnum):
 
 @dataclass(slots=True)
 class ToolCall:
-    """A call as the policy wrote it.  `error` says why it is invalid; then `arguments` may be empty."""
+    """A call as the policy wrote it.  `error` says why it is invalid; then `arguments` may be
+    empty."""
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -75,12 +77,15 @@ class Observation:
     """What the environment adds to the conversation: new messages only, never the transcript."""
 
     messages: list[Message]
-    tools: list[dict[str, Any]] = field(default_factory=list)  # JSON schemas; first observation only
+    tools: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # JSON schemas; first observation only
 
 
 @dataclass(slots=True)
 class Completion:
-    """What an engine sampled: ids and the log-probability of each under the sampling distribution."""
+    """What an engine sampled: ids and the log-probability of each under the sampling
+    distribution."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -153,7 +158,8 @@ class Trajectory:
 
     @property
     def code(self) -> str:
-        """The code (or other string arguments) of all valid calls, in order: shaping compares it."""
+        """The code (or other string arguments) of all valid calls, in order: shaping compares
+        it."""
         return "\n".join(
             value
             for turn in self.turns

@@ -22,7 +22,8 @@ def ray_session():
 
 @pytest.fixture(scope="session")
 def adder_model(ray_session, tmp_path_factory):
-    """A directory with a model that has seen the Adder's demonstrations: it calls, errs and answers."""
+    """A directory with a model that has seen the Adder's demonstrations: it calls, errs and
+    answers."""
     from rllib_gtpo import SFTConfig
     from rllib_gtpo.models import build_tokenizer
     from tests.tasks import MARKUP, Adder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from rllib_gtpo import ToolEnv
 
-
 MARKUP = (
     "user\n",
     "assistant\n",
@@ -34,7 +33,11 @@ class Adder(ToolEnv):
         start = {"train": 0, "validation": 100, "test": 200}[split]
         count = self.env_config.get("count", 40)
         return [
-            {"id": f"{split}-{i}", "question": f"{start % 7 + i % 9}+{i % 5}", "answer": str(start % 7 + i % 9 + i % 5)}
+            {
+                "id": f"{split}-{i}",
+                "question": f"{start % 7 + i % 9}+{i % 5}",
+                "answer": str(start % 7 + i % 9 + i % 5),
+            }
             for i in range(count)
         ]
 

@@ -13,7 +13,11 @@ PYTHON = {
     "function": {
         "name": "python",
         "description": "",
-        "parameters": {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"code": {"type": "string"}},
+            "required": ["code"],
+        },
     },
 }
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -30,9 +34,13 @@ class TestCodec:
         assert codec.end_of_turn_id in codec.stop_token_ids
 
     @settings(max_examples=50, deadline=None)
-    @given(st.lists(st.tuples(TEXT, st.lists(TEXT, min_size=1, max_size=2)), min_size=1, max_size=4), TEXT)
+    @given(
+        st.lists(st.tuples(TEXT, st.lists(TEXT, min_size=1, max_size=2)), min_size=1, max_size=4),
+        TEXT,
+    )
     def test_prompts_and_deltas_are_the_templates_own_rendering(self, codec, turns, last):
-        """The stream that a rollout builds decodes to what the template renders for the transcript."""
+        """The stream that a rollout builds decodes to what the template renders for the
+        transcript."""
         messages = [{"role": "user", "content": "question"}]
         ids = codec.prompt_ids(messages)
         for said, answers in turns:
@@ -40,10 +48,14 @@ class TestCodec:
             ids += [*codec.tokenizer.encode(said, add_special_tokens=False), codec.end_of_turn_id]
             ids += codec.delta_ids(tool)
             messages += [{"role": "assistant", "content": said}, *tool]
-        rendered = codec.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        rendered = codec.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
         assert codec.tokenizer.decode(ids) == rendered
 
-    def test_a_demonstration_is_the_stream_of_a_rollout_and_only_the_assistant_is_trained(self, codec):
+    def test_a_demonstration_is_the_stream_of_a_rollout_and_only_the_assistant_is_trained(
+        self, codec
+    ):
         prompt = [{"role": "user", "content": "1+1"}]
         demonstration = [
             {"role": "assistant", "content": "```python\nprint(1+1)\n```"},
@@ -72,19 +84,25 @@ class TestCodec:
         [
             ("message['content'] | upper", "verbatim"),
             ("message['content'] if loop.last else 'cut'", "changes an assistant's message"),
-            ("(message['content'] ~ ' ') if loop.index == 2 else message['content']", "special|exactly"),
+            (
+                "(message['content'] ~ ' ') if loop.index == 2 else message['content']",
+                "special|exactly",
+            ),
         ],
     )
     def test_a_template_that_rewrites_is_refused(self, rewrite, reason):
         tokenizer = build_tokenizer()
-        tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", f"({rewrite})")
+        tokenizer.chat_template = tokenizer.chat_template.replace(
+            "message['content']", f"({rewrite})"
+        )
         with pytest.raises(ChatTemplateError, match=reason):
             ChatCodec(tokenizer)
 
     def test_a_template_that_trims_earlier_turns_is_refused(self):
         tokenizer = build_tokenizer()
         tokenizer.chat_template = tokenizer.chat_template.replace(
-            "message['content']", "(message['content'] if messages | length - loop.index < 3 else 'x')"
+            "message['content']",
+            "(message['content'] if messages | length - loop.index < 3 else 'x')",
         )
         with pytest.raises(ChatTemplateError, match="cannot be continued exactly"):
             ChatCodec(tokenizer)
@@ -132,7 +150,7 @@ class TestFenced:
         assert "```python" in turn.thinking
 
     @settings(max_examples=300, deadline=None)
-    @given(st.text(alphabet="`python\n ab<>{}\"", max_size=60))
+    @given(st.text(alphabet='`python\n ab<>{}"', max_size=60))
     def test_any_text_parses(self, text):
         for call in self.parse(text).calls:
             assert call.raw in text

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from rllib_gtpo.cli import build_parser, main
+from rllib_gtpo.command.settings import parse_assignment, parse_stop, parse_yaml
+from rllib_gtpo.command.stopping import StopCriteria, flatten, numbers
 from rllib_gtpo.errors import ConfigError
-from rllib_gtpo.run_settings import parse_assignment, parse_stop, parse_yaml
-from rllib_gtpo.stopping import StopCriteria, flatten, numbers
 
 ROOT = Path(__file__).resolve().parent.parent
 YAML = """\

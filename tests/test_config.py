@@ -15,7 +15,7 @@ class TestRefusals:
         ("settings", "message"),
         [
             ({"group_size": 1}, "at least 2 trajectories"),
-            ({"estimator": "gptо"}, "use one of gtpo"),
+            ({"estimator": "gppo"}, "use one of gtpo"),
             ({"estimator": "grpo_sun"}, "Did you mean 'grpo_sum'"),
             ({"estimator_options": {"normalise": "group"}}, "did you mean 'normalize'"),
             ({"estimator_options": {"normalize": "groups"}}, "did you mean 'group'"),
@@ -96,7 +96,8 @@ class TestDicts:
         assert config.env_config == {"count": 2}
 
     @pytest.mark.parametrize(
-        ("key", "near"), [("group_sise", "group_size"), ("gama", "gamma"), ("num_env_runer", "num_env_runners")]
+        ("key", "near"),
+        [("group_sise", "group_size"), ("gama", "gamma"), ("num_env_runer", "num_env_runners")],
     )
     def test_an_unknown_key_names_the_nearest(self, key, near):
         with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
@@ -154,7 +155,9 @@ def test_importing_is_light_and_the_pure_parts_know_no_ray():
         )
         return done.stdout.strip()
 
-    assert loaded("rllib_gtpo") == loaded("rllib_gtpo.types") == loaded("rllib_gtpo.sandbox") == "[]"
+    assert (
+        loaded("rllib_gtpo") == loaded("rllib_gtpo.types") == loaded("rllib_gtpo.sandbox") == "[]"
+    )
     for module in ("ops.advantages", "ops.losses", "ops.logprobs", "ops.returns", "packing"):
         assert loaded(f"rllib_gtpo.{module}") == "['torch']"
     assert "ray" not in loaded("rllib_gtpo.chat")

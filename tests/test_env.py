@@ -46,7 +46,9 @@ class TestSteps:
     def test_a_call_is_answered_and_the_answer_ends_it(self):
         env = started(Handbook())
         observation, reward, terminated, truncated, _ = env.step(CALL % "France")
-        assert observation.messages == [{"role": "tool", "name": "search", "content": "page about France"}]
+        assert observation.messages == [
+            {"role": "tool", "name": "search", "content": "page about France"}
+        ]
         assert (reward, terminated, truncated) == (0.0, False, False)
         _, reward, terminated, truncated, _ = env.step("Paris")
         assert (reward, terminated, truncated) == (1.0, True, False)
@@ -101,7 +103,9 @@ class TestSteps:
 
     def test_a_truncated_turn_runs_no_tools(self):
         env = started(Handbook())
-        _, _, terminated, truncated, _ = asyncio.run(env.astep(Turn(0, text="Par", content="Paris", finish="length")))
+        _, _, terminated, truncated, _ = asyncio.run(
+            env.astep(Turn(0, text="Par", content="Paris", finish="length"))
+        )
         assert (terminated, truncated) == (False, True)
         assert env.trajectory.answer is None and env.trajectory.reward == pytest.approx(-0.1)
 

@@ -25,7 +25,9 @@ def two_turns() -> Trajectory:
 
 
 def one_turn() -> Trajectory:
-    return Trajectory(task={}, turns=[Turn(0, prompt_ids=[1], token_ids=[2, 3], logprobs=[-0.2, -0.3])])
+    return Trajectory(
+        task={}, turns=[Turn(0, prompt_ids=[1], token_ids=[2, 3], logprobs=[-0.2, -0.3])]
+    )
 
 
 def test_a_trajectory_is_one_stream_whose_tokens_know_their_turn():

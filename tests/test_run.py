@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rllib_gtpo.cli import main
-from rllib_gtpo.run_dir import RunDirectory, SaveError
+from rllib_gtpo.command.directory import RunDirectory, SaveError
 
 ROOT = Path(__file__).resolve().parent.parent
 YAML = """\
@@ -246,7 +246,7 @@ def test_failure_in_training_exits_1_and_names_the_last_checkpoint(folder, capsy
 
 def test_full_disk_by_injected_error(tmp_path):
     """ENOSPC from the file system; also as torch reports it.  Needs no training."""
-    from rllib_gtpo.run_dir import RunRecord
+    from rllib_gtpo.command.directory import RunRecord
 
     run = RunDirectory.create(tmp_path / "r", RunRecord("f", "", "n", "PPO"))
     good = run.save(

@@ -1,7 +1,7 @@
 """Connector pieces between chat messages and tokens, on the rollout side.
 
-They speak the columns below.  A custom piece (say, one that shortens tool output) goes in front of them
-through RLlib's `env_runners(env_to_module_connector=..., module_to_env_connector=...)`.
+They speak the columns below.  A custom piece (say, one that shortens tool output) goes in front of
+them through RLlib's `env_runners(env_to_module_connector=..., module_to_env_connector=...)`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class MessagesToTokens(ConnectorV2):
         super().__init__(*args, **kwargs)
         self.codec = codec
 
-    def __call__(self, *, batch: dict[str, Any], episodes: list[Any], **kwargs: Any) -> dict[str, Any]:
+    def __call__(
+        self, *, batch: dict[str, Any], episodes: list[Any], **kwargs: Any
+    ) -> dict[str, Any]:
         batch[PROMPT_IDS] = [self._ids(episode) for episode in episodes]
         return batch
 
@@ -43,7 +45,9 @@ class TokensToTurns(ConnectorV2):
         super().__init__(*args, **kwargs)
         self.codec = codec
 
-    def __call__(self, *, batch: dict[str, Any], episodes: list[Any], **kwargs: Any) -> dict[str, Any]:
+    def __call__(
+        self, *, batch: dict[str, Any], episodes: list[Any], **kwargs: Any
+    ) -> dict[str, Any]:
         batch[Columns.ACTIONS] = [
             self._turn(episode, prompt_ids, completion)
             for episode, prompt_ids, completion in zip(

@@ -25,7 +25,8 @@ SEQUENCES = "token_sequences"
 
 
 class GroupTurnAdvantages(ConnectorV2):
-    """Episodes -> the groups that are trained on, their trajectories, and the credit of every turn."""
+    """Episodes -> the groups that are trained on, their trajectories, and the credit of every
+    turn."""
 
     def __init__(
         self,
@@ -71,7 +72,8 @@ class TokenSequences(ConnectorV2):
 
 
 def keeps_signal(group: Group, uniform_groups: str) -> bool:
-    """Whether a group is trained on: "keep" all, drop solved ones, or drop all without a contrast."""
+    """Whether a group is trained on: "keep" all, drop solved ones, or drop all without a
+    contrast."""
     solved = sum(t.correct for t in group.trajectories)
     if uniform_groups == "keep":
         return True
@@ -83,7 +85,8 @@ def keeps_signal(group: Group, uniform_groups: str) -> bool:
 def outcome_of(trajectory: Trajectory, estimator: str) -> float:
     """The scalar that trajectory-level estimators take.
 
-    grpo: min(accuracy, format), where format is 1 if no turn was penalised for it.  mt_grpo: accuracy.
+    grpo: min(accuracy, format), where format is 1 if no turn was penalised for it.  mt_grpo:
+        accuracy.
     """
     if not trajectory.turns:
         return 0.0

@@ -1,8 +1,8 @@
 """The reward of a turn: named components, kept apart from the environment to the report.
 
-Sections 2 and 3 of the algorithm's description: accuracy on the last turn, a small penalty for a turn
-with an invalid call, the same on a first turn without any call, and never a positive reward for mere
-tool use.
+Sections 2 and 3 of the algorithm's description: accuracy on the last turn, a small penalty for a
+turn with an invalid call, the same on a first turn without any call, and never a positive reward
+for mere tool use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Rubric:
 
     format_penalty: subtracted (once) from a turn with any invalid call, and from a first turn
         without a call where the environment has tools.  0 switches the component off.
-    penalize_tool_errors: subtracted (once) from a turn with a well-formed call that raised or timed out.
+    penalize_tool_errors: subtracted (once) from a turn with a well-formed call that raised or timed
+        out.
     """
 
     format_penalty: float = 0.1
@@ -44,7 +45,8 @@ class Rubric:
         _merge(turn.rewards, rewards, "turn_reward")
 
     def score_end(self, env: ToolEnv, trajectory: Trajectory) -> None:
-        """Adds the outcome's components to the last turn; call it once, when the trajectory ended."""
+        """Adds the outcome's components to the last turn; call it once, when the trajectory
+        ended."""
         if trajectory.turns:
             components = env.reward(trajectory, trajectory.task)
             _merge(trajectory.turns[-1].rewards, components, "reward")

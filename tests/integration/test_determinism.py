@@ -10,7 +10,8 @@ from rllib_gtpo.episodes import trajectory_of
 
 
 def run(config, iterations, *, checkpoint=None, restore=None):
-    """Trains and returns, per iteration: everything that was sampled, and every metric but times."""
+    """Trains and returns, per iteration: everything that was sampled, and every metric but
+    times."""
     algorithm = config.build_algo()
     if restore is not None:
         algorithm.restore_from_path(restore)
@@ -36,7 +37,18 @@ def run(config, iterations, *, checkpoint=None, restore=None):
     return seen, results
 
 
-VOLATILE = ("time", "timer", "perf", "pid", "date", "host", "node_ip", "per_s", "restore", "experiment")
+VOLATILE = (
+    "time",
+    "timer",
+    "perf",
+    "pid",
+    "date",
+    "host",
+    "node_ip",
+    "per_s",
+    "restore",
+    "experiment",
+)
 
 
 def numbers(result, prefix=""):
@@ -85,7 +97,13 @@ def test_the_comparison_covers_what_it_should(uninterrupted):
     assert all(len(iteration) >= 24 for iteration in seen)
     assert seen[0] != seen[1]
     names = results[0].keys()
-    for name in ("/accuracy", "/reward/format", "/mismatch/kl", "/grad/norm", "/evaluation/accuracy"):
+    for name in (
+        "/accuracy",
+        "/reward/format",
+        "/mismatch/kl",
+        "/grad/norm",
+        "/evaluation/accuracy",
+    ):
         assert name in names
     assert "/env_runners/num_env_steps_sampled_lifetime" in names
     assert results[0]["/grad/norm"] > 0

@@ -51,7 +51,11 @@ def test_the_rollouts_are_of_every_kind(episodes):
 def test_trained_ids_are_the_sampled_ids(algorithm, episodes):
     for trajectory, sequence in _streams(episodes):
         sampled = [i for turn in trajectory.turns for i in turn.token_ids]
-        trained = [i for i, turn in zip(sequence.token_ids, sequence.turns, strict=True) if turn != NOT_TRAINED]
+        trained = [
+            i
+            for i, turn in zip(sequence.token_ids, sequence.turns, strict=True)
+            if turn != NOT_TRAINED
+        ]
         assert trained == sampled
         codec = algorithm.env_runner.codec
         for turn in trajectory.turns:
@@ -64,7 +68,9 @@ def test_every_trained_token_has_exactly_one_turn_and_nothing_else_is_trained(al
     for trajectory, sequence in _streams(episodes):
         at = 0
         for turn in trajectory.turns:
-            assert sequence.turns[at : at + len(turn.prompt_ids)] == [NOT_TRAINED] * len(turn.prompt_ids)
+            assert sequence.turns[at : at + len(turn.prompt_ids)] == [NOT_TRAINED] * len(
+                turn.prompt_ids
+            )
             at += len(turn.prompt_ids)
             assert sequence.turns[at : at + len(turn.token_ids)] == [row] * len(turn.token_ids)
             at += len(turn.token_ids)
@@ -93,7 +99,9 @@ def test_turn_rewards_sum_to_the_episodes_return(episodes):
         trajectory = trajectory_of(episode)
         rewards = [sum(turn.rewards.values()) for turn in trajectory.turns]
         assert list(episode.get_rewards()) == pytest.approx(rewards)
-        assert episode.get_return() == pytest.approx(sum(rewards)) == pytest.approx(trajectory.reward)
+        assert (
+            episode.get_return() == pytest.approx(sum(rewards)) == pytest.approx(trajectory.reward)
+        )
         assert len(episode) == len(trajectory.turns)
 
 
@@ -104,7 +112,11 @@ def test_learner_and_sampler_agree_before_the_first_update(algorithm, episodes):
     found = learner._logprobs_of(sequences)
     worst = 0.0
     for index, sequence in enumerate(sequences):
-        sampled = [p for p, turn in zip(sequence.logprobs, sequence.turns, strict=True) if turn != NOT_TRAINED]
+        sampled = [
+            p
+            for p, turn in zip(sequence.logprobs, sequence.turns, strict=True)
+            if turn != NOT_TRAINED
+        ]
         worst = max(worst, (found[index].cpu() - torch.tensor(sampled)).abs().max().item())
     assert worst < 1e-4
     assert min(p for s in sequences for p in s.logprobs) < -1.0  # the comparison is not of zeros

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rllib_gtpo.stopping import flatten, numbers
+from rllib_gtpo.command.stopping import flatten, numbers
 
 ITERATION = "training_iteration"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def find_examples() -> list[Path]:
     """The example files, from the first place that has any."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (
         Path("tuned_examples"),
         package.parent / "tuned_examples",

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from rllib_gtpo.run_dir import Checkpoint, RunDirectory
+from rllib_gtpo.command.directory import Checkpoint, RunDirectory
 
 
 def mute_stdout() -> None:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from rllib_gtpo.command.directory import RunDirectory, RunRecord, file_hash
+from rllib_gtpo.command.files import Experiment, check_env, load_experiment
+from rllib_gtpo.command.output import print_end
+from rllib_gtpo.command.quiet import silence
+from rllib_gtpo.command.settings import apply_overrides, parse_stop
+from rllib_gtpo.command.stopping import StopCriteria
+from rllib_gtpo.command.trial import OK, Trial
 from rllib_gtpo.errors import ConfigError
-from rllib_gtpo.quiet import silence
-from rllib_gtpo.run_dir import RunDirectory, RunRecord, file_hash
-from rllib_gtpo.run_files import Experiment, check_env, load_experiment
-from rllib_gtpo.run_output import print_end
-from rllib_gtpo.run_settings import apply_overrides, parse_stop
-from rllib_gtpo.stopping import StopCriteria
-from rllib_gtpo.trial import OK, Trial
 
 
 @dataclass
@@ -51,7 +51,7 @@ def train_file(path: Path, options: RunOptions) -> int:
     stop = {**experiment.stop, **parse_stop(record.stop)}
     criteria = StopCriteria(stop, experiment.config.evaluation_interval)
 
-    from rllib_gtpo.sweep import is_sweep, run_sweep
+    from rllib_gtpo.command.sweep import is_sweep, run_sweep
 
     if is_sweep(experiment):
         return run_sweep(experiment, criteria, record, options, resumed[0] if resumed else None)

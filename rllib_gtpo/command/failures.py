@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from rllib_gtpo.command.interrupts import PIPE_EXIT, SIGINT_EXIT
 from rllib_gtpo.errors import (
     ChatTemplateError,
     ConfigError,
@@ -13,7 +14,6 @@ from rllib_gtpo.errors import (
     GTPOError,
     RewardError,
 )
-from rllib_gtpo.interrupts import PIPE_EXIT, SIGINT_EXIT
 
 _BAD_INPUT = (ConfigError, DataError, ChatTemplateError, RewardError)
 
@@ -25,7 +25,7 @@ def guarded(command: Callable[[], int], debug: bool = False) -> int:
     except KeyboardInterrupt:
         return SIGINT_EXIT
     except BrokenPipeError:
-        from rllib_gtpo.run_output import mute_stdout
+        from rllib_gtpo.command.output import mute_stdout
 
         mute_stdout()
         return PIPE_EXIT

@@ -6,16 +6,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rllib_gtpo.command.directory import RunDirectory, RunRecord
+from rllib_gtpo.command.files import Experiment
+from rllib_gtpo.command.output import resume_command
+from rllib_gtpo.command.ray_session import ray_session
+from rllib_gtpo.command.stopping import StopCriteria
+from rllib_gtpo.command.trial import FAILURE, OK
 from rllib_gtpo.errors import ConfigError
-from rllib_gtpo.ray_session import ray_session
-from rllib_gtpo.run_dir import RunDirectory, RunRecord
-from rllib_gtpo.run_files import Experiment
-from rllib_gtpo.run_output import resume_command
-from rllib_gtpo.stopping import StopCriteria
-from rllib_gtpo.trial import FAILURE, OK
 
 if TYPE_CHECKING:
-    from rllib_gtpo.run import RunOptions
+    from rllib_gtpo.command.run import RunOptions
 
 
 def is_sweep(experiment: Experiment) -> bool:
@@ -38,7 +38,7 @@ def run_sweep(
     """Runs all trials; 0 if none failed.  A resumed sweep runs only what is unfinished."""
     from ray import tune
 
-    from rllib_gtpo.run import run_path
+    from rllib_gtpo.command.run import run_path
 
     if not criteria:
         raise ConfigError("a sweep needs a stop criterion: add `stop` or --stop KEY=VALUE")

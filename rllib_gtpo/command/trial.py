@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from rllib_gtpo.command.directory import Checkpoint, RunDirectory, SaveError
+from rllib_gtpo.command.files import Experiment
+from rllib_gtpo.command.interrupts import PIPE_EXIT, Stopper
+from rllib_gtpo.command.output import mute_stdout, print_end
+from rllib_gtpo.command.quiet import building
+from rllib_gtpo.command.ray_session import check_resources, ray_session
+from rllib_gtpo.command.result_log import ITERATION, ResultLog
+from rllib_gtpo.command.stopping import StopCriteria, numbers
 from rllib_gtpo.errors import ConfigError, Interrupted
-from rllib_gtpo.interrupts import PIPE_EXIT, Stopper
-from rllib_gtpo.quiet import building
-from rllib_gtpo.ray_session import check_resources, ray_session
-from rllib_gtpo.result_log import ITERATION, ResultLog
-from rllib_gtpo.run_dir import Checkpoint, RunDirectory, SaveError
-from rllib_gtpo.run_files import Experiment
-from rllib_gtpo.run_output import mute_stdout, print_end
-from rllib_gtpo.stopping import StopCriteria, numbers
 
 if TYPE_CHECKING:
-    from rllib_gtpo.run import RunOptions
+    from rllib_gtpo.command.run import RunOptions
 
 OK, FAILURE, BAD_INPUT, NOT_SAVED = 0, 1, 2, 3
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from rllib_gtpo.command.stopping import hint
 from rllib_gtpo.errors import ConfigError
-from rllib_gtpo.stopping import hint
 
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm_config import AlgorithmConfig

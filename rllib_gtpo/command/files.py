@@ -11,10 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from rllib_gtpo.command.quiet import registering
+from rllib_gtpo.command.settings import apply_settings, parse_yaml
+from rllib_gtpo.command.stopping import hint
 from rllib_gtpo.errors import ConfigError
-from rllib_gtpo.quiet import registering
-from rllib_gtpo.run_settings import apply_settings, parse_yaml
-from rllib_gtpo.stopping import hint
 
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm import Algorithm
