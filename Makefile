@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 BASE_STAMP := $(VENV)/.stamp-base
 DEV_STAMP := $(VENV)/.stamp-dev
-NOT_HERE := not slow and not learning and not gpu and not vllm and not deepspeed
+NOT_HERE := not slow and not gpu and not vllm and not deepspeed
 MYPY_TARGETS := rllib_gtpo envs/rllib_gtpo_envs
 
 .DEFAULT_GOAL := help
@@ -42,11 +42,11 @@ install-dev: $(DEV_STAMP) ## Install it with the development tools
 quickstart: $(BASE_STAMP) ## Install, then train the calculator agent on the CPU
 	$(BIN)/rllib train file tuned_examples/gtpo_calculator.py
 
-test: $(DEV_STAMP) ## Run the fast tests (base and dev)
+test: $(DEV_STAMP) ## Run the tests (base and dev)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "$(NOT_HERE)" $(PYTEST_ARGS)
 
-test-slow: $(DEV_STAMP) ## Run the slow and the learning tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "(slow or learning) and not gpu and not vllm and not deepspeed" $(PYTEST_ARGS)
+test-slow: $(DEV_STAMP) ## Run the slow tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu and not vllm and not deepspeed" $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP) ## Check style and formatting
 	$(BIN)/ruff check .

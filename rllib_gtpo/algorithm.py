@@ -216,7 +216,7 @@ class GTPO(Algorithm):
 
         began = time.perf_counter()
         try:
-            metrics = run_cold_start(
+            held_out = run_cold_start(
                 self, start, made.cold_start_steps, on_step, self.stop_requested
             )
         except Interrupted:
@@ -225,10 +225,10 @@ class GTPO(Algorithm):
         made.cold_start_done = True
         self._demonstrations = None
         self.sync_weights()
+        curve = " ".join(f"{loss:.3f}" for loss in held_out)
+        seconds = time.perf_counter() - began
         print(
-            f"cold start: {start.steps} steps, loss {metrics['loss']:.4f}, held-out demonstrations "
-            f"{metrics['validation_loss']:.4f}, {time.perf_counter() - began:.0f}s",
-            flush=True,
+            f"cold start: {start.steps} steps in {seconds:.0f}s, held-out loss {curve}", flush=True
         )
 
     def load_demonstrations(self, start: ColdStart) -> Demonstrations:

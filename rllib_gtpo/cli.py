@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,6 +115,9 @@ _count.__name__ = "number"  # argparse names the type in its messages
 
 
 def _train_file(args: argparse.Namespace) -> int:
+    # OpenMP threads that spin while they wait make small models tens of times slower as soon as
+    # another process wants a core; the setting is read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rllib_gtpo.command.run import RunOptions, train_file
 
     options = RunOptions(

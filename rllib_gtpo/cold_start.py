@@ -203,17 +203,22 @@ def run_cold_start(
     done: int,
     on_step: Callable[[int], None],
     stop: Callable[[], bool],
-) -> dict[str, float]:
-    """The cold start of a GTPO run from step `done` on; returns its metrics."""
+) -> list[float]:
+    """The cold start of a GTPO run from step `done` on.
+
+    Returns the loss on held-out demonstrations after each tenth of the steps: flat at its end, if
+    the cold start has converged.
+    """
     config = algorithm.config
     data = algorithm.load_demonstrations(start)
-    last = {"loss": math.nan}
+    held_out: list[float] = []
     with Progress("cold start", start.steps, start=done, enabled=config.progress) as bar:
 
         def after_step(step: int, loss: float) -> None:
-            last["loss"] = loss
             on_step(step + 1)
             bar.step(note=f"loss {loss:.3f}")
+            if (step + 1) * 10 // start.steps > step * 10 // start.steps:
+                held_out.append(validation_loss(algorithm.learner_group, data))
 
         supervise(
             algorithm.learner_group,
@@ -223,9 +228,5 @@ def run_cold_start(
             after_step=after_step,
             stop=stop,
         )
-    metrics = {
-        "loss": last["loss"],
-        "validation_loss": validation_loss(algorithm.learner_group, data),
-    }
     call_learners(algorithm.learner_group, "end_supervision")
-    return metrics
+    return held_out

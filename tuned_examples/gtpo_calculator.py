@@ -12,13 +12,13 @@ learned. Then GTPO: 16 groups of 8 rollouts an iteration.
     python tuned_examples/gtpo_calculator.py --stop training_iteration=5
 
 Results to expect: held-out accuracy, sampled at temperature 1, goes from about 0.5 to above 0.9
-within 20 iterations; the whole run takes about four minutes on two cores.
+within 25 iterations; the whole run takes about four minutes on two cores.
 """
 
 from rllib_gtpo import GTPOConfig
 from rllib_gtpo_envs import Calculator
 
-ITERATIONS = 20
+ITERATIONS = 25
 
 config = (
     GTPOConfig()
