@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.utils.metrics import NUM_TRAINABLE_PARAMETERS
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -141,6 +142,9 @@ class GTPOLearner(TorchLearner):
         for name, saved in state.items():
             if name in self._named_optimizers:
                 self._named_optimizers[name].load_state_dict(copy.deepcopy(saved["state"]))
+
+    def _log_trainable_parameters(self) -> None:
+        """Logged with each update instead: RLlib's one-off value is NaN in every later result."""
 
     # Reinforcement.
 
@@ -369,6 +373,8 @@ class GTPOLearner(TorchLearner):
         return merge_metrics({k: torch.tensor(v) for k, v in part.items()} for part in gathered)
 
     def _log(self, report: dict[str, float]) -> None:
+        parameters = self.get_parameters(self._unwrapped)
+        report = {**report, NUM_TRAINABLE_PARAMETERS: float(sum(p.numel() for p in parameters))}
         for name, value in report.items():
             self.metrics.log_value((DEFAULT_MODULE_ID, *name.split("/")), value, window=1)
 
