@@ -307,6 +307,8 @@ class GTPOConfig(AlgorithmConfig):
                 raise ConfigError(
                     "model_config is set by language_model(); use model, dtype, ... instead."
                 )
+            if key.startswith("__") and key.endswith("__"):
+                continue  # Tune's own additions
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -323,7 +325,7 @@ class GTPOConfig(AlgorithmConfig):
     def setting_names(self) -> set[str]:
         """Every key that `update_from_dict` takes."""
         own = {name for name in vars(self) if name != "_is_frozen"}
-        return own | set(self.to_dict()) | set(_ATTRIBUTE) | {"__trial_info__"}
+        return own | set(self.to_dict()) | set(_ATTRIBUTE)
 
     # What the settings make.
 

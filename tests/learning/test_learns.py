@@ -19,7 +19,7 @@ from rllib_gtpo_envs import Calculator
 pytestmark = [pytest.mark.learning, pytest.mark.timeout(600)]
 
 ITERATIONS = 15
-MARGIN = 0.2  # what learning must add to held-out accuracy; 0.35 to 0.45 is usual
+MARGIN = 0.25  # what learning must add to held-out accuracy; 0.4 to 0.6 is usual
 
 
 def config():
@@ -34,7 +34,7 @@ def config():
         .training(lr=3e-4, group_size=8, groups_per_step=8)
         .evaluation(evaluation_interval=ITERATIONS, evaluation_duration=256, split="test")
         .reporting(progress=False)
-        .debugging(seed=0)
+        .debugging(seed=0, deterministic=True)
     )
 
 
@@ -75,7 +75,7 @@ def distorted(monkeypatch):
 
 def test_gtpo_lifts_held_out_accuracy(cold_started):
     path, before = cold_started
-    assert 0.2 < before < 0.7
+    assert 0.2 < before < 0.6
     assert train(path) > before + MARGIN
 
 
@@ -90,4 +90,4 @@ def test_wrong_credit_does_not(cold_started, distorted, wrong):
             "flipped": torch.neg,
         }[wrong]
     )
-    assert train(path) < before + MARGIN / 2
+    assert not train(path) > before + MARGIN
