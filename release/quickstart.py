@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import re
 import subprocess
@@ -119,7 +118,6 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="5 seeds instead of 2")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     seeds = range(5 if args.full else 2)
     report = Report("quickstart", THRESHOLDS, list(seeds))
     with tempfile.TemporaryDirectory() as folder:

@@ -115,9 +115,9 @@ _count.__name__ = "number"  # argparse names the type in its messages
 
 
 def _train_file(args: argparse.Namespace) -> int:
-    # OpenMP threads that spin while they wait make small models tens of times slower as soon as
-    # another process wants a core; the setting is read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP threads spin while they wait, by default for so long that small models train tens of
+    # times slower as soon as another process wants a core.  Read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from rllib_gtpo.command.run import RunOptions, train_file
 
     options = RunOptions(

@@ -14,6 +14,7 @@ from torch import Tensor
 from rllib_gtpo.types import Group, Trajectory
 
 NOT_TRAINED = -1
+PASS_COST = 512  # what a forward and backward pass costs besides its tokens, in tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +87,26 @@ def token_sequences(trajectories: Sequence[Trajectory]) -> list[TokenSequence]:
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Indices of sequences by micro-batch: similar lengths together, rows x longest within the
-    budget.
+    """Indices of sequences by micro-batch: similar lengths together, rows x longest in the budget.
 
-    A sequence longer than the budget gets a micro-batch of its own.
+    The cut is the cheapest one, counting padding and `PASS_COST` for each micro-batch.  A sequence
+    longer than the budget gets a micro-batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    for index in order:
-        current = batches[-1] if batches else None
-        if current is None or (len(current) + 1) * lengths[current[0]] > token_budget:
-            batches.append([index])
-        else:
-            current.append(index)
+    cost = [0] * (len(order) + 1)  # of the cheapest cut of order[start:]
+    end = [0] * len(order)  # where its first micro-batch ends
+    for start in reversed(range(len(order))):
+        width = lengths[order[start]]
+        most = min(len(order), start + max(1, token_budget // width))
+        end[start] = min(
+            range(start + 1, most + 1), key=lambda stop: (stop - start) * width + cost[stop]
+        )
+        cost[start] = (end[start] - start) * width + cost[end[start]] + PASS_COST
+    batches = []
+    start = 0
+    while start < len(order):
+        batches.append(order[start : end[start]])
+        start = end[start]
     return batches
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see rllib_gtpo.cli
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 import pytest

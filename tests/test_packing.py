@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rllib_gtpo.packing import (
+    PASS_COST,
     TokenSequence,
     collate,
     empty_batch,
@@ -73,6 +74,31 @@ def test_micro_batches_keep_the_budget_and_every_sequence_once():
     for batch in batches:
         assert len(batch) * max(lengths[i] for i in batch) <= 30 or len(batch) == 1
     assert [2] in batches  # longer than the budget: alone
+
+
+def test_micro_batches_split_where_padding_costs_more_than_a_pass():
+    assert micro_batches([1000, 1000, 10, 10], 10_000) == [[0, 1], [2, 3]]
+    assert micro_batches([1000, 1000, 990, 990], 10_000) == [[0, 1, 2, 3]]
+    assert micro_batches([], 10_000) == []
+
+
+@pytest.mark.parametrize("budget", [300, 2000, 10**6])
+def test_the_cut_is_the_cheapest(budget):
+    """Against all cuts of a few sorted lengths."""
+    lengths = [900, 400, 390, 60, 50, 40, 40, 7]
+
+    def price(cut):
+        return sum(len(b) * lengths[b[0]] + PASS_COST for b in cut)
+
+    def cuts(start):
+        if start == len(lengths):
+            yield []
+        for stop in range(start + 1, len(lengths) + 1):
+            if stop - start == 1 or (stop - start) * lengths[start] <= budget:
+                for rest in cuts(stop):
+                    yield [list(range(start, stop)), *rest]
+
+    assert price(micro_batches(lengths, budget)) == min(map(price, cuts(0)))
 
 
 def test_an_empty_batch_trains_nothing():

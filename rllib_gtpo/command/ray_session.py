@@ -64,7 +64,7 @@ def _start(needs: Mapping[str, float], options: SessionOptions) -> None:
     # Ray's workers print RLlib's messages too; the hook silences the same ones there.
     runtime_env: dict[str, Any] = {}
     if not options.debug:
-        runtime_env["worker_process_setup_hook"] = "rllib_gtpo.quiet.silence"
+        runtime_env["worker_process_setup_hook"] = "rllib_gtpo.command.quiet.silence"
     ray.init(
         num_cpus=cpus,
         include_dashboard=False,

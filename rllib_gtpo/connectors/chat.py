@@ -18,12 +18,16 @@ PROMPT_IDS = "prompt_ids"  # env to module: ids that the newest observation adds
 COMPLETIONS = "completions"  # module to env: what the engine sampled
 
 
-class MessagesToTokens(ConnectorV2):
-    """The newest observation of each episode -> the ids that it adds to the context."""
+class ChatPiece(ConnectorV2):
+    """A connector piece that knows the tokenizer and its template."""
 
     def __init__(self, *args: Any, codec: ChatCodec, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.codec = codec
+
+
+class MessagesToTokens(ChatPiece):
+    """The newest observation of each episode -> the ids that it adds to the context."""
 
     def __call__(
         self, *, batch: dict[str, Any], episodes: list[Any], **kwargs: Any
@@ -38,12 +42,8 @@ class MessagesToTokens(ConnectorV2):
         return self.codec.delta_ids(observation.messages)
 
 
-class TokensToTurns(ConnectorV2):
+class TokensToTurns(ChatPiece):
     """The completion of each episode -> a Turn: text, thinking, content and parsed tool calls."""
-
-    def __init__(self, *args: Any, codec: ChatCodec, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.codec = codec
 
     def __call__(
         self, *, batch: dict[str, Any], episodes: list[Any], **kwargs: Any

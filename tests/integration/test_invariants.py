@@ -149,3 +149,49 @@ def test_the_learner_keeps_the_credit_that_it_trained_on(algorithm):
 def _streams(episodes):
     trajectories = [trajectory_of(e) for e in episodes]
     return zip(trajectories, token_sequences(trajectories), strict=True)
+
+
+def test_callbacks_see_every_turn_and_final_rewards(adder_config):
+    from ray.rllib.callbacks.callbacks import RLlibCallback
+
+    seen = {"created": 0, "start": 0, "step": 0, "returns": []}
+
+    class Watch(RLlibCallback):
+        def on_episode_created(self, *, episode, **kwargs):
+            seen["created"] += 1
+
+        def on_episode_start(self, *, episode, **kwargs):
+            seen["start"] += len(episode.get_observations()) == 1
+
+        def on_episode_step(self, *, episode, metrics_logger, **kwargs):
+            seen["step"] += 1
+            metrics_logger.log_value("steps_seen", 1, reduce="sum")
+
+        def on_episode_end(self, *, episode, env, rl_module, **kwargs):
+            assert episode.is_done and env is not None and rl_module is not None
+            seen["returns"].append(episode.get_return())
+
+    algorithm = adder_config().callbacks(Watch).build_algo()
+    result = algorithm.train()
+    trained = algorithm.learner_group._learner.last_batch
+    trajectories = trained.trajectories
+    assert seen["created"] == seen["start"] == len(seen["returns"]) == len(trajectories) == 16
+    assert seen["step"] == sum(len(t.turns) for t in trajectories)
+    assert result["env_runners"]["steps_seen"] == seen["step"]
+    assert seen["returns"] == pytest.approx([t.reward for t in trajectories])
+    algorithm.stop()
+
+
+@pytest.mark.slow
+def test_any_number_of_runners_and_learners_is_the_same_program(adder_config):
+    def run(workers):
+        config = adder_config().env_runners(num_env_runners=workers)
+        algorithm = config.learners(num_learners=workers).build_algo()
+        results = [algorithm.train() for _ in range(2)]
+        algorithm.stop()
+        return [(r["accuracy"], r["tokens"]["sampled"], r["grad"]["norm"]) for r in results]
+
+    local = run(0)
+    for workers in (1, 2):
+        for mine, theirs in zip(local, run(workers), strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-3)
