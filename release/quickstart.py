@@ -74,9 +74,14 @@ def run(seed: int, folder: Path) -> dict[str, float]:
 
 def skill(seed: int, checkpoint: Path) -> float:
     """How often the model writes the next call of a solving demonstration, exactly."""
+    import ray
+
     from rllib_gtpo.command.files import load_experiment
+    from rllib_gtpo.command.quiet import silence
     from rllib_gtpo.command.settings import apply_overrides
 
+    silence()
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", ignore_reinit_error=True)
     config = load_experiment(EXAMPLE).config
     apply_overrides(config, [f"seed={seed}", f"env_config.seed={seed}"])
     algorithm = config.build_algo()

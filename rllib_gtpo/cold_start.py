@@ -6,7 +6,6 @@ and deltas that rollouts are built from, and only what the assistant wrote is tr
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -18,7 +17,7 @@ from typing import Any
 
 from rllib_gtpo.chat import ChatCodec
 from rllib_gtpo.env import ToolEnv
-from rllib_gtpo.errors import ConfigError, DataError, Interrupted
+from rllib_gtpo.errors import ConfigError, DataError, Interrupted, did_you_mean
 from rllib_gtpo.packing import NOT_TRAINED, TokenSequence
 from rllib_gtpo.progress import Progress
 from rllib_gtpo.types import Message
@@ -55,9 +54,9 @@ class ColdStart:
         known = [f.name for f in fields(ColdStart)]
         for key in settings:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; use {', '.join(known)}"
-                raise ConfigError(f"cold_start has an unknown key {key!r}{hint}")
+                raise ConfigError(
+                    f"cold_start has an unknown key {key!r}{did_you_mean(key, known)}"
+                )
         start = ColdStart(**settings)
         for name in ("steps", "batch_size", "demonstrations"):
             if not isinstance(getattr(start, name), int) or getattr(start, name) < 1:

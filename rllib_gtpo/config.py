@@ -3,7 +3,6 @@ overrides."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,10 +10,9 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from rllib_gtpo.chat import CallFormat, ChatCodec, call_format
-from rllib_gtpo.cold_start import ColdStart
-from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.checks import DEFAULT_GAMMA, check
+from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.models import TINY_QWEN2, load_tokenizer
-from rllib_gtpo.ops.advantages import ESTIMATORS
 from rllib_gtpo.ops.losses import Objective
 from rllib_gtpo.rewards.rubric import Rubric
 
@@ -24,10 +22,6 @@ _ATTRIBUTE = {
     "split": "evaluation_split",
     "samples_per_task": "evaluation_samples_per_task",
 }
-_UNIFORM = ("keep", "drop_solved", "drop")
-_ENGINES = ("hf",)
-_GAMMA = 0.9
-_OPTIMIZER_DEFAULT = {"name": "AdamW", "weight_decay": 0.0}
 
 
 class GTPOConfig(AlgorithmConfig):
@@ -65,7 +59,7 @@ class GTPOConfig(AlgorithmConfig):
         self.max_concurrency = 256
         # training
         self.lr = 1e-6
-        self.gamma = _GAMMA
+        self.gamma = DEFAULT_GAMMA
         self.grad_clip = 1.0
         self.group_size = 8
         self.groups_per_step = 16
@@ -77,7 +71,7 @@ class GTPOConfig(AlgorithmConfig):
         self.mini_batches = 1
         self.epochs = 1
         self.token_budget = 16_384
-        self.optimizer: dict[str, Any] = dict(_OPTIMIZER_DEFAULT)
+        self.optimizer: dict[str, Any] = {"name": "AdamW", "weight_decay": 0.0}
         # rewards
         self.format_penalty = 0.1
         self.penalize_tool_errors = 0.0
@@ -310,9 +304,7 @@ class GTPOConfig(AlgorithmConfig):
             if key.startswith("__") and key.endswith("__"):
                 continue  # Tune's own additions
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"unknown setting {key!r}{hint}")
+                raise ConfigError(f"unknown setting {key!r}{did_you_mean(key, known)}")
             if key == "env_config" and isinstance(value, Mapping):
                 value = {**self.env_config, **value}
             translated[_ATTRIBUTE.get(key, key)] = value
@@ -429,94 +421,7 @@ class GTPOConfig(AlgorithmConfig):
     def validate(self) -> None:
         """Refuses what is unknown, contradictory or without effect, with how to mend it."""
         super().validate()
-        self._check_credit()
-        self._check_sampling()
-        self._check_model()
-        self.build_objective()
-
-    def _check_credit(self) -> None:
-        if self.group_size < 2:
-            raise ConfigError(
-                f"group_size={self.group_size}: a group needs at least 2 trajectories, since "
-                "advantages "
-                "compare them with each other; 8 is a good start."
-            )
-        if self.estimator not in ESTIMATORS:
-            raise ConfigError(_one_of("estimator", self.estimator, ESTIMATORS))
-        chosen = ESTIMATORS[self.estimator]
-        if "gamma" in self.estimator_options:
-            raise ConfigError("estimator_options has 'gamma'; set it with training(gamma=...).")
-        chosen.resolve(self.estimator_options)
-        if not 0.0 <= self.gamma <= 1.0:
-            raise ConfigError(f"gamma={self.gamma}: must lie in [0, 1].")
-        if "gamma" not in chosen.options and self.gamma != _GAMMA:
-            raise ConfigError(
-                f"gamma={self.gamma} has no effect with estimator={self.estimator!r}, which "
-                "does not discount: "
-                "leave it out."
-            )
-        if self.uniform_groups not in _UNIFORM:
-            raise ConfigError(_one_of("uniform_groups", self.uniform_groups, _UNIFORM))
-        for name in ("groups_per_step", "mini_batches", "epochs", "token_budget"):
-            _positive(name, getattr(self, name))
-        if self.mini_batches > self.groups_per_step:
-            raise ConfigError(
-                f"mini_batches={self.mini_batches} is more than "
-                f"groups_per_step={self.groups_per_step}: "
-                "mini-batches are whole groups, so some would be empty."
-            )
-        if self.num_learners > self.groups_per_step:
-            raise ConfigError(
-                f"num_learners={self.num_learners} is more than "
-                f"groups_per_step={self.groups_per_step}: "
-                "a group goes to one learner, so some would have nothing to do."
-            )
-
-    def _check_sampling(self) -> None:
-        if self.engine not in _ENGINES:
-            raise ConfigError(_one_of("engine", self.engine, _ENGINES))
-        if self.temperature <= 0.0:
-            raise ConfigError(
-                f"temperature={self.temperature}: training samples need a temperature above 0, "
-                "or all "
-                "members of a group are the same."
-            )
-        if self.evaluation_temperature < 0.0:
-            raise ConfigError(f"evaluation temperature={self.evaluation_temperature}: at least 0.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p={self.top_p}: must lie in (0, 1].")
-        for name in ("max_turn_tokens", "max_concurrency", "evaluation_samples_per_task"):
-            _positive(name, getattr(self, name))
-        for name in ("max_turns", "max_tokens"):
-            if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
-        if self.max_tokens is not None and self.max_turn_tokens > self.max_tokens:
-            raise ConfigError(
-                f"max_turn_tokens={self.max_turn_tokens} is more than "
-                f"max_tokens={self.max_tokens}: one "
-                "turn cannot be longer than the trajectory."
-            )
-        for name in ("format_penalty", "penalize_tool_errors"):
-            if getattr(self, name) < 0.0:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)}: give the size of the penalty, at least 0."
-                )
-
-    def _check_model(self) -> None:
-        import torch
-
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(_one_of("dtype", self.dtype, ("float32", "bfloat16")))
-        self.build_call_format()
-        ColdStart.of(self.cold_start)
-        name = self.optimizer.get("name", "AdamW")
-        if not isinstance(getattr(torch.optim, str(name), None), type):
-            names = [n for n, v in vars(torch.optim).items() if isinstance(v, type)]
-            raise ConfigError(_one_of("optimizer name", name, names))
-        if self.num_gpus_per_learner > 1:
-            raise ConfigError(
-                "num_gpus_per_learner: a learner uses one GPU; raise num_learners instead."
-            )
+        check(self)
 
 
 class GRPOConfig(GTPOConfig):
@@ -534,14 +439,3 @@ class GRPOConfig(GTPOConfig):
 
 def _objective_names() -> tuple[str, ...]:
     return tuple(Objective.__dataclass_fields__)
-
-
-def _positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1.")
-
-
-def _one_of(name: str, value: Any, valid: Any) -> str:
-    near = difflib.get_close_matches(str(value), [str(v) for v in valid], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{name}={value!r} is unknown; use one of {', '.join(map(str, valid))}.{hint}"

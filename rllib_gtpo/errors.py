@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+_SHORT_LIST = 20
+
 
 class GTPOError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -33,3 +38,12 @@ class EngineError(GTPOError, RuntimeError):
 
 class Interrupted(GTPOError):
     """A stop was asked for in the middle of a long step; state is consistent and can be saved."""
+
+
+def did_you_mean(name: object, valid: Iterable[object]) -> str:
+    """The end of a message about a wrong name: the nearest valid one, and all if they are few."""
+    names = [str(v) for v in valid]
+    few = len(names) <= _SHORT_LIST
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0 if few else 0.6)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    return guess + (f" (valid: {', '.join(names)})" if few else "")

@@ -204,7 +204,8 @@ class GTPOLearner(TorchLearner):
             reports.append(self._step(sequences, chosen, loss_fn, POLICY))
             on_step(step + 1, steps)
         report = {name: sum(r[name] for r in reports) / len(reports) for name in reports[0]}
-        report["mismatch/kl"] = reports[0].get("mismatch/kl", 0.0)
+        for name in ("mismatch/kl", "policy/entropy"):  # absent if there was nothing to train on
+            report[name] = reports[0].get(name, 0.0)
         return report
 
     def _mini_batch(self, trained: TrainedBatch, part: int) -> list[int]:

@@ -15,8 +15,8 @@ class TestRefusals:
         ("settings", "message"),
         [
             ({"group_size": 1}, "at least 2 trajectories"),
-            ({"estimator": "gppo"}, "use one of gtpo"),
-            ({"estimator": "grpo_sun"}, "Did you mean 'grpo_sum'"),
+            ({"estimator": "gppo"}, "valid: gtpo"),
+            ({"estimator": "grpo_sun"}, "did you mean 'grpo_sum'"),
             ({"estimator_options": {"normalise": "group"}}, "did you mean 'normalize'"),
             ({"estimator_options": {"normalize": "groups"}}, "did you mean 'group'"),
             ({"estimator": "grpo", "estimator_options": {"normalize": "group"}}, "not used"),
@@ -29,7 +29,7 @@ class TestRefusals:
             ({"clip_low": 2.0}, "clip_low"),
             ({"ratio_level": "word"}, "did you mean"),
             ({"groups_per_step": 0}, "at least 1"),
-            ({"optimizer": {"name": "AdanW"}}, "Did you mean 'Adam"),
+            ({"optimizer": {"name": "AdanW"}}, "did you mean 'Adam"),
         ],
     )
     def test_training(self, settings, message):
@@ -41,7 +41,7 @@ class TestRefusals:
         [
             ({"temperature": 0.0}, "above 0"),
             ({"top_p": 0.0}, "top_p"),
-            ({"engine": "vlm"}, "use one of"),
+            ({"engine": "vlm"}, "valid: hf"),
             ({"max_turns": 0}, "max_turns"),
             ({"max_turn_tokens": 100, "max_tokens": 50}, "one turn cannot be longer"),
         ],

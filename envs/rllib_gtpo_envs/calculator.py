@@ -30,7 +30,6 @@ A demonstration (`expert`) behaves in one of six ways, drawn by the task's id fr
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -43,7 +42,7 @@ from typing import Any
 
 from rllib_gtpo import ToolEnv
 from rllib_gtpo.chat import call_format
-from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.sandbox import Limits, Status
 from rllib_gtpo.tools.python import PythonSession
 from rllib_gtpo.types import Message, Observation, Task, ToolError, ToolResult, Trajectory
@@ -312,9 +311,7 @@ def _chain(knobs: Knobs, rng: random.Random) -> tuple[str, int | None]:
 def _check_names(given: Iterable[str], known: list[str], where: str) -> None:
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)}."
-            raise ConfigError(f"{where} has an unknown key {name!r}: {hint}")
+            raise ConfigError(f"{where} has an unknown key {name!r}{did_you_mean(name, known)}")
 
 
 def _check_whole(name: str, value: Any, low: int) -> None:

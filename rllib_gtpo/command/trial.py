@@ -117,6 +117,8 @@ class Trial:
         self.dirty = self.saved is None
         if not self._call_hook("on_run_start"):
             return False
+        if self.saved is None and self.freq > 0 and hasattr(self.algo, "on_run_start"):
+            self._save_periodic()  # the hook may have been long work
         while not self.stopper.requested:
             reason = self.criteria.reached(self.metrics) if self.metrics else None
             if reason:

@@ -13,14 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.ops import estimators  # noqa: F401  registers the estimators
 from rllib_gtpo.ops.registry import (
     ESTIMATORS,
     AllReduce,
     TurnCredit,
     Turns,
-    did_you_mean,
     register_estimator,
 )
 from rllib_gtpo.ops.segments import Segments, TrajectoryRows, check_constant, check_rows

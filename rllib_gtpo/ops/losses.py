@@ -18,8 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rllib_gtpo.errors import ConfigError
-from rllib_gtpo.ops.registry import did_you_mean
+from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.ops.segments import Segments
 
 Level = Literal["token", "turn", "sequence"]

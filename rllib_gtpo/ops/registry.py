@@ -9,17 +9,16 @@ Shape suffixes: `_N` flat turns (rows).
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from torch import Tensor
 
-from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.ops.segments import Segments, TrajectoryRows
 
 INPUTS = ("outcome", "anchor")
@@ -101,13 +100,6 @@ class Estimator:
 
 
 ESTIMATORS: dict[str, Estimator] = {}
-
-
-def did_you_mean(name: object, valid: Iterable[str]) -> str:
-    """The end of a message about a wrong name: the nearest valid one and all of them."""
-    valid = list(valid)
-    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.0)
-    return f"; did you mean {near[0]!r}? (valid: {', '.join(valid)})" if near else ""
 
 
 def check_option(

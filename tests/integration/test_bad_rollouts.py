@@ -56,6 +56,11 @@ class Empty(Adder):
         return []
 
 
+class Hopeless(Adder):
+    def reward(self, trajectory, task):
+        return {"accuracy": 0.0}
+
+
 def build(model, env, **settings):
     config = (
         GTPOConfig()
@@ -134,6 +139,18 @@ def test_a_full_context_ends_the_trajectory_not_the_run(train):
     reasons = {t.stop_reason for g in groups for t in g.trajectories}
     assert StopReason.MAX_TOKENS in reasons
     assert max(trajectory_of(e).num_tokens for e in episodes) <= 20
+
+
+def test_a_step_without_any_signal_changes_nothing(adder_model):
+    config = build(adder_model, Hopeless).training(uniform_groups="drop")
+    algorithm = config.build_algo()
+    before = algorithm.get_module().get_state()
+    result = algorithm.train()
+    assert result["group"]["dropped_frac"] == result["group"]["zero_std_frac"] == 1.0
+    assert "no-signal 1.00" in algorithm.summary_line(result)
+    after = algorithm.get_module().get_state()
+    assert all((before[name] == after[name]).all() for name in before)
+    algorithm.stop()
 
 
 def test_a_runner_that_dies_loses_no_group(adder_model):

@@ -73,6 +73,18 @@ def test_a_tuned_example_runs(command, tmp_path):
     assert "Warning" not in done.stderr and "WARNING" not in done.stderr, done.stderr
 
 
+def test_a_typo_in_yaml_is_refused_with_its_line(tmp_path):
+    text = (EXAMPLES / "gtpo_calculator.yaml").read_text().replace("group_size", "group_sise")
+    (tmp_path / "typo.yaml").write_text(text)
+    command = ["-m", "rllib_gtpo.cli", "train", "file", str(tmp_path / "typo.yaml")]
+    done = run(command, tmp_path / "run")
+    assert done.returncode == 2
+    line = text.splitlines().index("    group_sise: 8") + 1
+    assert f"typo.yaml:{line}" in done.stderr
+    assert "did you mean 'group_size'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_tensorboard_has_the_same_names(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

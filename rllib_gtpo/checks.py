@@ -1,0 +1,118 @@
+"""Refuses settings that are unknown, contradictory or without effect, and says how to mend them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rllib_gtpo.cold_start import ColdStart
+from rllib_gtpo.errors import ConfigError, did_you_mean
+from rllib_gtpo.ops.advantages import ESTIMATORS
+
+if TYPE_CHECKING:
+    from rllib_gtpo.config import GTPOConfig
+
+DEFAULT_GAMMA = 0.9
+_UNIFORM = ("keep", "drop_solved", "drop")
+_ENGINES = ("hf",)
+_DTYPES = ("float32", "bfloat16")
+
+
+def check(config: GTPOConfig) -> None:
+    """Raises ConfigError for the first setting that cannot stand."""
+    _credit(config)
+    _sampling(config)
+    _model(config)
+    config.build_objective()
+
+
+def _credit(config: GTPOConfig) -> None:
+    if config.group_size < 2:
+        raise ConfigError(
+            f"group_size={config.group_size}: a group needs at least 2 trajectories, since "
+            "advantages compare them with each other; 8 is a good start."
+        )
+    if config.estimator not in ESTIMATORS:
+        raise ConfigError(_one_of("estimator", config.estimator, ESTIMATORS))
+    chosen = ESTIMATORS[config.estimator]
+    if "gamma" in config.estimator_options:
+        raise ConfigError("estimator_options has 'gamma'; set it with training(gamma=...).")
+    chosen.resolve(config.estimator_options)
+    if not 0.0 <= config.gamma <= 1.0:
+        raise ConfigError(f"gamma={config.gamma}: must lie in [0, 1].")
+    if "gamma" not in chosen.options and config.gamma != DEFAULT_GAMMA:
+        raise ConfigError(
+            f"gamma={config.gamma} has no effect with estimator={config.estimator!r}, which "
+            "does not discount: leave it out."
+        )
+    if config.uniform_groups not in _UNIFORM:
+        raise ConfigError(_one_of("uniform_groups", config.uniform_groups, _UNIFORM))
+    for name in ("groups_per_step", "mini_batches", "epochs", "token_budget"):
+        _positive(name, getattr(config, name))
+    if config.mini_batches > config.groups_per_step:
+        raise ConfigError(
+            f"mini_batches={config.mini_batches} is more than "
+            f"groups_per_step={config.groups_per_step}: "
+            "mini-batches are whole groups, so some would be empty."
+        )
+    if config.num_learners > config.groups_per_step:
+        raise ConfigError(
+            f"num_learners={config.num_learners} is more than "
+            f"groups_per_step={config.groups_per_step}: "
+            "a group goes to one learner, so some would have nothing to do."
+        )
+
+
+def _sampling(config: GTPOConfig) -> None:
+    if config.engine not in _ENGINES:
+        raise ConfigError(_one_of("engine", config.engine, _ENGINES))
+    if config.temperature <= 0.0:
+        raise ConfigError(
+            f"temperature={config.temperature}: training samples need a temperature above 0, "
+            "or all members of a group are the same."
+        )
+    if config.evaluation_temperature < 0.0:
+        raise ConfigError(f"evaluation temperature={config.evaluation_temperature}: at least 0.")
+    if not 0.0 < config.top_p <= 1.0:
+        raise ConfigError(f"top_p={config.top_p}: must lie in (0, 1].")
+    for name in ("max_turn_tokens", "max_concurrency", "evaluation_samples_per_task"):
+        _positive(name, getattr(config, name))
+    for name in ("max_turns", "max_tokens"):
+        if getattr(config, name) is not None:
+            _positive(name, getattr(config, name))
+    if config.max_tokens is not None and config.max_turn_tokens > config.max_tokens:
+        raise ConfigError(
+            f"max_turn_tokens={config.max_turn_tokens} is more than "
+            f"max_tokens={config.max_tokens}: one turn cannot be longer than the trajectory."
+        )
+    for name in ("format_penalty", "penalize_tool_errors"):
+        if getattr(config, name) < 0.0:
+            raise ConfigError(
+                f"{name}={getattr(config, name)}: give the size of the penalty, at least 0."
+            )
+
+
+def _model(config: GTPOConfig) -> None:
+    if config.dtype not in _DTYPES:
+        raise ConfigError(_one_of("dtype", config.dtype, _DTYPES))
+    config.build_call_format()
+    ColdStart.of(config.cold_start)
+    name = config.optimizer.get("name", "AdamW")
+    if not isinstance(getattr(torch.optim, str(name), None), type):
+        names = [n for n, v in vars(torch.optim).items() if isinstance(v, type)]
+        raise ConfigError(_one_of("optimizer name", name, names))
+    if config.num_gpus_per_learner > 1:
+        raise ConfigError(
+            "num_gpus_per_learner: a learner uses one GPU; raise num_learners instead."
+        )
+
+
+def _positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1.")
+
+
+def _one_of(name: str, value: Any, valid: Iterable[str]) -> str:
+    return f"{name}={value!r} is unknown{did_you_mean(value, valid)}"
