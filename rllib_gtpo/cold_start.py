@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from rllib_gtpo.env import ToolEnv
 from rllib_gtpo.errors import ConfigError, DataError, Interrupted, did_you_mean
 from rllib_gtpo.packing import NOT_TRAINED, TokenSequence
 from rllib_gtpo.progress import Progress
+from rllib_gtpo.shuffling import EndlessOrder
 from rllib_gtpo.types import Message
 
 _VALIDATION = 64  # demonstrations held out for the validation loss, at most a tenth of all
@@ -81,23 +81,15 @@ class Demonstrations:
         held_out = min(_VALIDATION, len(sequences) // 10)
         self.validation = list(sequences[:held_out])
         self._train = list(sequences[held_out:])
-        self._seed = seed
-        self._orders: dict[int, list[int]] = {}
+        self._order = EndlessOrder(len(self._train), seed)
 
     def __len__(self) -> int:
         return len(self._train)
 
     def batch(self, step: int, size: int) -> list[TokenSequence]:
         """The demonstrations of a step."""
-        return [self._at(position) for position in range(step * size, (step + 1) * size)]
-
-    def _at(self, position: int) -> TokenSequence:
-        epoch, index = divmod(position, len(self._train))
-        if epoch not in self._orders:
-            order = list(range(len(self._train)))
-            random.Random(f"{self._seed}-{epoch}").shuffle(order)
-            self._orders = {epoch: order}
-        return self._train[self._orders[epoch][index]]
+        positions = range(step * size, (step + 1) * size)
+        return [self._train[self._order[position]] for position in positions]
 
 
 def load_demonstrations(

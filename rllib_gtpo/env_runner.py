@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +39,7 @@ from rllib_gtpo.env import ChatSpace, ToolEnv
 from rllib_gtpo.episodes import attach_trajectory, group_trajectories
 from rllib_gtpo.errors import ConfigError, DataError
 from rllib_gtpo.rollout import Rollout
+from rllib_gtpo.shuffling import EndlessOrder
 from rllib_gtpo.text_env import as_tool_env
 from rllib_gtpo.types import Task
 
@@ -79,7 +79,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         )
         self._callbacks = [cls() for cls in _as_list(self.config.callbacks_class)]
         self._weights_seq_no = 0
-        self._tasks: dict[str, list[Task]] = {}
+        self._tasks: list[Task] = []  # of the one split that this runner serves
         self.make_env()
         self.codec = self.config.build_codec()
         self.make_module()
@@ -118,8 +118,12 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         out = Rollouts()
         rollouts = [r for job in jobs for r in self._open_group(job, out)]
         run = self._run_in_step if self.config.deterministic else self._run_freely
-        if rollouts:
+        try:
             run_coroutine(run(rollouts, on_trajectory or (lambda: None)))
+        except BaseException:
+            for rollout in rollouts:
+                rollout.close()
+            raise
         out.episodes = self._finish(rollouts)
         self._log(out.episodes)
         return out
@@ -134,27 +138,19 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
             return Rollouts(failure=error)
 
     def task_at(self, position: int) -> Task:
-        """The task at a position of the endless stream: the split, shuffled anew each epoch when
-        training."""
-        tasks = self._load(self.config.evaluation_split if self.config.in_evaluation else "train")
-        epoch, index = divmod(position, len(tasks))
-        if not self.config.in_evaluation:
-            order = list(range(len(tasks)))
-            random.Random(f"{self.config.seed or 0}-{epoch}").shuffle(order)
-            index = order[index]
-        return tasks[index]
-
-    def _load(self, split: str) -> list[Task]:
-        if split not in self._tasks:
-            rows = list(self.env.tasks(split))
-            if not rows:
+        """The task at a position: of the endless shuffled stream, or of the evaluation split."""
+        if not self._tasks:
+            split = self.config.evaluation_split if self.config.in_evaluation else "train"
+            self._tasks = list(self.env.tasks(split))
+            if not self._tasks:
                 raise DataError(
-                    f"{type(self.env).__name__}.tasks({split!r}) has no rows: check the data, "
-                    "or set "
-                    "evaluation(split=...) to a split that exists."
+                    f"{type(self.env).__name__}.tasks({split!r}) has no rows: check the data, or "
+                    "set evaluation(split=...) to a split that exists."
                 )
-            self._tasks[split] = rows
-        return self._tasks[split]
+            self._order = EndlessOrder(len(self._tasks), self.config.seed or 0)
+        if self.config.in_evaluation:
+            return self._tasks[position % len(self._tasks)]
+        return self._tasks[self._order[position]]
 
     def _open_group(self, job: GroupJob, out: Rollouts) -> list[Rollout]:
         task = self.task_at(job.position)
@@ -176,6 +172,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         first = members[0].open()
         if first is not None:
             out.skipped[job.position] = first
+            members[0].close()
             return []
         for rollout in members[1:]:
             rollout.open()

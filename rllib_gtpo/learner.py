@@ -209,12 +209,13 @@ class GTPOLearner(TorchLearner):
         return report
 
     def _mini_batch(self, trained: TrainedBatch, part: int) -> list[int]:
-        """Indices of the trajectories of every `mini_batches`-th group."""
+        """Indices of the trajectories (with turns) of every `mini_batches`-th group."""
         chosen: list[int] = []
         start = 0
         for number, group in enumerate(trained.groups):
+            members = enumerate(group.trajectories, start)
             if number % self.config.mini_batches == part:
-                chosen += range(start, start + len(group.trajectories))
+                chosen += [index for index, trajectory in members if trajectory.turns]
             start += len(group.trajectories)
         return chosen
 
@@ -256,13 +257,13 @@ class GTPOLearner(TorchLearner):
     def _logprobs_of(self, sequences: list[TokenSequence]) -> dict[int, Tensor]:
         """Log-probabilities of the trained tokens of each sequence under the current weights."""
         found: dict[int, Tensor] = {}
-        module = self._unwrapped
+        filled = [i for i, s in enumerate(sequences) if s.token_ids]
+        lengths = [len(sequences[i].token_ids) for i in filled]
         with torch.no_grad():
-            for indices in micro_batches(
-                [len(s.token_ids) for s in sequences], self.config.token_budget
-            ):
+            for part in micro_batches(lengths, self.config.token_budget):
+                indices = [filled[i] for i in part]
                 batch = collate(sequences, indices).to(self._device)
-                logprobs = module.forward_train({"tokens": batch})[LOGPROBS]
+                logprobs = self._unwrapped.forward_train({"tokens": batch})[LOGPROBS]
                 for index in indices:
                     found[index] = logprobs[batch.sequences_N == index]
         return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,23 +42,23 @@ def build_tokenizer(extra: Sequence[str] = ()) -> Any:
     strings that agents write often and for each string of `extra`, which keeps turns short.  Tool
     schemas are not rendered: a model made from scratch learns its tools from demonstrations.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     strings = sorted({*_MARKUP, *extra}, key=lambda text: (-len(text), text))
-    if "" in strings or set(strings) & set(_SPECIAL):
-        raise ConfigError(f"extra={list(extra)!r}: tokens must not be empty or special.")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokens = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokens += ["".join(piece for piece, _ in to_bytes.pre_tokenize_str(text)) for text in strings]
-    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    # No merges: a piece of the split that the vocabulary knows is one token, the rest are bytes.
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    whole = Regex("|".join(re.escape(text) for text in strings))
-    split = pre_tokenizers.Split(whole, behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    if "" in strings or set(strings) & set(_SPECIAL) or not all(map(str.isascii, strings)):
+        raise ConfigError(
+            f"extra={list(extra)!r}: tokens must be ASCII, and neither empty nor special."
+        )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*_SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in _SPECIAL])
+    # Added tokens, and no split of our own: transformers keeps them when it loads a saved tokenizer
+    # as the class of the model's architecture, and replaces everything else by that class's own.
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in strings])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

@@ -38,7 +38,6 @@ class StopReason(StrEnum):
     MAX_TURNS = "max_turns"
     TURN_TRUNCATED = "turn_truncated"  # a turn reached max_turn_tokens
     MAX_TOKENS = "max_tokens"  # the context is full
-    PROMPT_TOO_LONG = "prompt_too_long"  # no room for even one turn
     ENV_ERROR = "env_error"  # the environment raised
     ENV_TIMEOUT = "env_timeout"  # the environment did not return
 

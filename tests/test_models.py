@@ -13,9 +13,9 @@ from rllib_gtpo.chat import ChatCodec
 from rllib_gtpo.errors import ChatTemplateError, ConfigError
 from rllib_gtpo.models import TINY_QWEN2, build_tokenizer, load_model, load_tokenizer
 
-TOKENIZER = build_tokenizer(extra=["été\n", "  ", "print"])
+TOKENIZER = build_tokenizer(extra=["leave\n", "  ", "print"])
 SMALL = {**TINY_QWEN2, "hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 4}
-MARKUP = ["```python\n", "\n```", "print(", "user\n", "été\n", "\nleft: ", "`", "\n", " ", "é"]
+MARKUP = ["```python\n", "\n```", "print(", "user\n", "leave\n", "\nleft: ", "`", "\n", " ", "é"]
 TEXT = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"])),
     st.lists(st.sampled_from(MARKUP)).map("".join),
@@ -44,7 +44,7 @@ class TestTokenizer:
         ids = encode("".join(pieces))
         assert [TOKENIZER.decode([i]) for i in ids] == pieces
         assert len(encode("é")) == 2
-        assert [len(encode(text)) for text in ("été\n", "  ", "<|im_end|>")] == [1, 1, 1]
+        assert [len(encode(text)) for text in ("leave\n", "  ", "<|im_end|>")] == [1, 1, 1]
 
     def test_the_longest_token_wins(self):
         assert [TOKENIZER.decode([i]) for i in encode("print(print")] == ["print(", "print"]
@@ -54,9 +54,9 @@ class TestTokenizer:
         assert None not in tokens
         assert len(set(tokens)) == len(TOKENIZER)
 
-    @pytest.mark.parametrize("extra", ["", "<|im_end|>"])
+    @pytest.mark.parametrize("extra", ["", "<|im_end|>", "été"])
     def test_impossible_extra_tokens_are_refused(self, extra):
-        with pytest.raises(ConfigError, match="must not be empty or special"):
+        with pytest.raises(ConfigError, match="neither empty nor special"):
             build_tokenizer(extra=[extra])
 
     def test_a_saved_tokenizer_is_the_same(self, tmp_path):
@@ -185,3 +185,14 @@ class TestDirectories:
         (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
         with pytest.raises(ConfigError, match="cannot be loaded"):
             load(str(tmp_path))
+
+
+def test_a_saved_model_and_tokenizer_load_as_they_were(tmp_path):
+    """As the architecture's own tokenizer class, which transformers chooses by the model's config."""
+    load_model(SMALL, tokenizer=TOKENIZER).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    for text in ["".join(MARKUP), "<|im_start|>user\nprint(1)<|im_end|>\n", "héllo wörld 12"]:
+        assert loaded.encode(text, add_special_tokens=False) == encode(text)
+        assert loaded.decode(encode(text)) == text
+    assert ChatCodec(loaded).stop_token_ids == ChatCodec(TOKENIZER).stop_token_ids

@@ -56,6 +56,18 @@ class Empty(Adder):
         return []
 
 
+class FailingReset(Adder):
+    """The second member of each group of four cannot be reset."""
+
+    resets = 0
+
+    def reset(self, *, seed=None, options=None):
+        FailingReset.resets += 1
+        if FailingReset.resets % 4 == 2:
+            raise ConnectionError("no more licences")
+        return super().reset(seed=seed, options=options)
+
+
 class Hopeless(Adder):
     def reward(self, trajectory, task):
         return {"accuracy": 0.0}
@@ -139,6 +151,15 @@ def test_a_full_context_ends_the_trajectory_not_the_run(train):
     reasons = {t.stop_reason for g in groups for t in g.trajectories}
     assert StopReason.MAX_TOKENS in reasons
     assert max(trajectory_of(e).num_tokens for e in episodes) <= 20
+
+
+def test_members_without_turns_are_counted_and_harm_nobody(adder_model):
+    config = build(adder_model, FailingReset).training(mini_batches=2, epochs=2)
+    algorithm = config.build_algo()
+    result = algorithm.train()
+    assert result["stop"]["env_error"] == 0.25
+    assert result["grad"]["norm"] > 0
+    algorithm.stop()
 
 
 def test_a_step_without_any_signal_changes_nothing(adder_model):
