@@ -21,19 +21,20 @@ from ray.rllib.utils.metrics import (
 from rllib_gtpo.cold_start import (
     ColdStart,
     Demonstrations,
+    call_learners,
     load_demonstrations,
     run_cold_start,
 )
 from rllib_gtpo.config import GRPOConfig, GTPOConfig
 from rllib_gtpo.env_runner import GroupJob
 from rllib_gtpo.episodes import groups_of
-from rllib_gtpo.errors import DataError, EnvironmentFault, Interrupted
+from rllib_gtpo.errors import DataError, Interrupted
 from rllib_gtpo.metrics import rollout_metrics
 from rllib_gtpo.packing import shard_groups
 from rllib_gtpo.progress import Progress
-from rllib_gtpo.sampling import Sampled, sample_groups
+from rllib_gtpo.sampling import Sampled, refuse_broken_environment, sample_groups
 from rllib_gtpo.text_env import as_tool_env
-from rllib_gtpo.types import Group, StopReason
+from rllib_gtpo.types import Group
 
 _MAX_SKIPPED_FRAC = 10  # give up after this many times the wanted groups could not be used
 _STATE = "gtpo"
@@ -50,6 +51,11 @@ class ProgressMade:
     accuracy_before: float | None = None
     accuracy_after: float | None = None
 
+    @property
+    def training_done(self) -> tuple[int, int]:
+        """Changes whenever the weights do."""
+        return self.cold_start_steps, self.next_position
+
 
 class GTPO(Algorithm):
     """Group Turn Policy Optimization."""
@@ -64,7 +70,7 @@ class GTPO(Algorithm):
         self.progress_made = ProgressMade()
         self._demonstrations: Demonstrations | None = None
         self._stop_requested = False
-        self._evaluated: tuple[int, float] | None = None  # position in training, accuracy
+        self._evaluated: tuple[tuple[int, int], float] | None = None  # training done, accuracy
         super().setup(config)
 
     @property
@@ -129,7 +135,7 @@ class GTPO(Algorithm):
                 if len(skipped) > _MAX_SKIPPED_FRAC * wanted:
                     raise DataError(f"no usable tasks; the last: {list(skipped.values())[-1]}")
         groups = groups_of(episodes)
-        _refuse_broken_environment(groups)
+        refuse_broken_environment(groups)
         self.log_metrics(
             {"group/skipped": float(len(skipped)), "group/lost_and_resampled": float(lost)}
         )
@@ -236,25 +242,27 @@ class GTPO(Algorithm):
         if self._demonstrations is None:
             env = as_tool_env(self.env_creator(EnvContext(self.config.env_config, worker_index=0)))
             env.call_format = self.config.build_call_format()
+            context: int = call_learners(self.learner_group, "max_context")[0]
             self._demonstrations = load_demonstrations(
                 start,
                 env,
                 self.config.build_codec(),
                 self.config.seed or 0,
-                self.config.max_tokens or 2**31,
+                min(context, self.config.max_tokens or context),
             )
+            env.close()
         return self._demonstrations
 
     def evaluate(self, parallel_train_future: Any = None) -> Any:
         """RLlib's evaluation, after the cold start."""
         self.run_cold_start_once()
         results = super().evaluate(parallel_train_future)
-        self._evaluated = (self.progress_made.next_position, float(results["accuracy"]))
+        self._evaluated = (self.progress_made.training_done, float(results["accuracy"]))
         return results
 
     def _held_out_accuracy_now(self) -> float:
         """The accuracy of the current weights; measured only if that has not just been done."""
-        if self._evaluated is None or self._evaluated[0] != self.progress_made.next_position:
+        if self._evaluated is None or self._evaluated[0] != self.progress_made.training_done:
             self.evaluate()
         assert self._evaluated is not None
         return self._evaluated[1]
@@ -270,14 +278,15 @@ class GTPO(Algorithm):
         """Whether somebody asked for an end."""
         return self._stop_requested
 
-    def on_run_start(self) -> None:
-        """Cold start, then the accuracy that training starts from."""
+    def on_run_start(self) -> bool:
+        """Cold start, then the accuracy that training starts from; whether anything was done."""
+        made = self.progress_made
+        before = made.training_done
         self.run_cold_start_once()
-        if self.config.evaluation_interval and self.progress_made.accuracy_before is None:
-            self.progress_made.accuracy_before = self._held_out_accuracy_now()
-            print(
-                f"held-out accuracy before RL: {self.progress_made.accuracy_before:.3f}", flush=True
-            )
+        if self.config.evaluation_interval and made.accuracy_before is None:
+            made.accuracy_before = self._held_out_accuracy_now()
+            print(f"held-out accuracy before RL: {made.accuracy_before:.3f}", flush=True)
+        return made.training_done != before
 
     def on_run_end(self) -> None:
         """The accuracy that training ends with."""
@@ -295,7 +304,7 @@ class GTPO(Algorithm):
     @staticmethod
     def summary_line(result: dict[str, Any]) -> str:
         """One line an iteration."""
-        rewards = " ".join(f"{k} {v:+.3f}" for k, v in result["reward"].items())
+        rewards = " ".join(f"{k} {v:+.3f}" for k, v in result.get("reward", {}).items())
         times = " ".join(
             f"{k.removesuffix('_s')} {v:.1f}s"
             for k, v in result["time"].items()
@@ -340,20 +349,6 @@ class GRPO(GTPO):
     def get_default_config(cls) -> GRPOConfig:
         """See Algorithm."""
         return GRPOConfig()
-
-
-def _refuse_broken_environment(groups: list[Group]) -> None:
-    """One broken rollout is data; an environment that breaks most of them is a bug to be told."""
-    trajectories = [t for g in groups for t in g.trajectories]
-    broken = [
-        t for t in trajectories if t.stop_reason in (StopReason.ENV_ERROR, StopReason.ENV_TIMEOUT)
-    ]
-    if 2 * len(broken) > len(trajectories):
-        raise EnvironmentFault(
-            f"{len(broken)} of {len(trajectories)} rollouts ended in an error of the "
-            "environment. The "
-            f"first: {broken[0].error}"
-        )
 
 
 def _leaves(tree: Any, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], float]]:

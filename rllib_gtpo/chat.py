@@ -241,7 +241,7 @@ class ChatCodec:
 
     def _delta_text(self, messages: Sequence[Message]) -> str:
         text = self._render([_user("probe"), _assistant(_PROBE), *messages], generate=True)
-        _, found, after = text.rpartition(_PROBE)
+        _, found, after = text.partition(_PROBE)
         end = self.tokenizer.decode([self.end_of_turn_id])
         if not found or not after.startswith(end):
             raise ChatTemplateError(

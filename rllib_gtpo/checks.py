@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
 from rllib_gtpo.cold_start import ColdStart
 from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.ops.advantages import ESTIMATORS
+from rllib_gtpo.ops.losses import Objective
 
 if TYPE_CHECKING:
     from rllib_gtpo.config import GTPOConfig
@@ -25,6 +27,8 @@ def check(config: GTPOConfig) -> None:
     _credit(config)
     _sampling(config)
     _model(config)
+    _evaluation(config)
+    _without_effect(config)
     config.build_objective()
 
 
@@ -107,6 +111,36 @@ def _model(config: GTPOConfig) -> None:
         raise ConfigError(
             "num_gpus_per_learner: a learner uses one GPU; raise num_learners instead."
         )
+
+
+def _evaluation(config: GTPOConfig) -> None:
+    if config.evaluation_parallel_to_training:
+        raise ConfigError(
+            "evaluation_parallel_to_training: evaluation runs between iterations; leave it out."
+        )
+    if config.evaluation_duration_unit != "episodes" or config.evaluation_duration == "auto":
+        raise ConfigError(
+            f"evaluation_duration={config.evaluation_duration!r} "
+            f"({config.evaluation_duration_unit}): give a number of episodes."
+        )
+
+
+def _without_effect(config: GTPOConfig) -> None:
+    """Settings that would silently do nothing."""
+    ours = "use group_size, groups_per_step, mini_batches, epochs and token_budget"
+    defaults = AlgorithmConfig()
+    for name in ("num_epochs", "minibatch_size", "train_batch_size_per_learner"):
+        if getattr(config, name) != getattr(defaults, name):
+            raise ConfigError(f"{name} has no effect here; {ours} instead.")
+    if config.grad_clip_by != defaults.grad_clip_by:
+        raise ConfigError("grad_clip_by has no effect here: gradients are clipped by global norm.")
+    if "lr" in config.optimizer:
+        raise ConfigError("optimizer has 'lr'; set it with training(lr=...).")
+    objective = Objective()
+    for name, needs in (("importance_cap", "importance_sampling"), ("kl_estimator", "kl_coeff")):
+        off = getattr(config, needs) == getattr(objective, needs)
+        if off and getattr(config, name) != getattr(objective, name):
+            raise ConfigError(f"{name} has no effect unless {needs} is set; leave it out.")
 
 
 def _positive(name: str, value: Any) -> None:

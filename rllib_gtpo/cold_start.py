@@ -61,6 +61,8 @@ class ColdStart:
         for name in ("steps", "batch_size", "demonstrations"):
             if not isinstance(getattr(start, name), int) or getattr(start, name) < 1:
                 raise ConfigError(f"cold_start.{name}={getattr(start, name)!r}: at least 1.")
+        if not start.grad_clip > 0.0:
+            raise ConfigError(f"cold_start.grad_clip={start.grad_clip!r}: must be above 0.")
         if not start.lr > 0.0:
             raise ConfigError(f"cold_start.lr={start.lr!r}: must be above 0.")
         return start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,13 +37,11 @@ from rllib_gtpo.engines.base import SamplingParams
 from rllib_gtpo.engines.hf import HFEngine
 from rllib_gtpo.env import ChatSpace, ToolEnv
 from rllib_gtpo.episodes import attach_trajectory, group_trajectories
-from rllib_gtpo.errors import ConfigError, DataError
+from rllib_gtpo.errors import ConfigError, DataError, EnvironmentFault, GTPOError
 from rllib_gtpo.rollout import Rollout
 from rllib_gtpo.shuffling import EndlessOrder
 from rllib_gtpo.text_env import as_tool_env
 from rllib_gtpo.types import Task
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -133,12 +131,16 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         instead."""
         try:
             return self.sample_groups(jobs)
-        except Exception as error:
-            logger.exception("sampling failed")
+        except GTPOError as error:
             return Rollouts(failure=error)
+        except Exception as error:  # it may not survive pickling, and its traceback would not
+            return Rollouts(failure=EnvironmentFault(f"{error!r}\n{traceback.format_exc()}"))
 
-    def task_at(self, position: int) -> Task:
-        """The task at a position: of the endless shuffled stream, or of the evaluation split."""
+    def task_at(self, position: int) -> Task | None:
+        """The task at a position of the endless shuffled stream, or of the evaluation split.
+
+        None behind the end of an evaluation split.
+        """
         if not self._tasks:
             split = self.config.evaluation_split if self.config.in_evaluation else "train"
             self._tasks = list(self.env.tasks(split))
@@ -148,12 +150,15 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
                     "set evaluation(split=...) to a split that exists."
                 )
             self._order = EndlessOrder(len(self._tasks), self.config.seed or 0)
-        if self.config.in_evaluation:
-            return self._tasks[position % len(self._tasks)]
-        return self._tasks[self._order[position]]
+        if not self.config.in_evaluation:
+            return self._tasks[self._order[position]]
+        return self._tasks[position] if position < len(self._tasks) else None
 
     def _open_group(self, job: GroupJob, out: Rollouts) -> list[Rollout]:
         task = self.task_at(job.position)
+        if task is None:
+            out.skipped[job.position] = f"the split has only {len(self._tasks)} tasks"
+            return []
         sampling = SamplingParams(
             max_tokens=self.config.max_turn_tokens,
             temperature=(
@@ -186,6 +191,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
             async with slots:
                 while (request := rollout.request()) is not None:
                     await rollout.take(await self.engine.generate(request))
+                rollout.close()
                 finished()
 
         tasks = [asyncio.ensure_future(run(r)) for r in rollouts]
@@ -205,15 +211,14 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
                 completions = await asyncio.gather(*(self.engine.generate(q) for _, q in asking))
                 for (rollout, _), completion in zip(asking, completions, strict=True):
                     await rollout.take(completion)
-                still = [rollout for rollout, _ in asking]
-                for _ in range(len(live) - len(still)):
-                    finished()
-                live = still
+                for rollout in live:
+                    if rollout.done:
+                        rollout.close()
+                        finished()
+                live = [rollout for rollout in live if not rollout.done]
 
     def _finish(self, rollouts: list[Rollout]) -> list[SingleAgentEpisode]:
         """Scores whole groups; from here on rewards are final."""
-        for rollout in rollouts:
-            rollout.close()
         for group in group_trajectories([r.trajectory for r in rollouts]):
             self.env.rubric.score_group(self.env, group)
         for rollout in rollouts:

@@ -9,19 +9,24 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from rllib_gtpo.env_runner import GroupJob
 from rllib_gtpo.episodes import groups_of
-from rllib_gtpo.errors import DataError
+from rllib_gtpo.errors import ConfigError, DataError
 from rllib_gtpo.metrics import rollout_metrics
 from rllib_gtpo.progress import Progress
-from rllib_gtpo.sampling import sample_groups
+from rllib_gtpo.sampling import refuse_broken_environment, sample_groups
 
 
 def evaluate_split(algorithm: Any, runners: Any) -> tuple[dict[str, Any], int, int]:
-    """RLlib's custom evaluation function: the first `evaluation_duration` trajectories of the
+    """RLlib's custom evaluation function: up to `evaluation_duration` trajectories of the
     split.
 
     The tasks and the sampler's keys are the same at every evaluation, so differences are the
     policy's.
     """
+    if runners is None:
+        raise ConfigError(
+            "evaluate() needs runners: set evaluation(evaluation_interval=...) or "
+            "evaluation(evaluation_num_env_runners=...)."
+        )
     config = algorithm.evaluation_config
     members = config.evaluation_samples_per_task
     tasks = max(1, config.evaluation_duration // members)
@@ -38,6 +43,7 @@ def evaluate_split(algorithm: Any, runners: Any) -> tuple[dict[str, Any], int, i
             f"evaluation has no usable task: {next(iter(sampled.skipped.values()), '')}"
         )
     groups = groups_of(sampled.episodes)
+    refuse_broken_environment(groups)
     metrics = rollout_metrics(groups)
     logger = MetricsLogger(root=False)
     for name, value in metrics.items():

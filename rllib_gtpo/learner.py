@@ -48,6 +48,7 @@ from rllib_gtpo.types import Group, Trajectory
 SUPERVISED = "supervised"  # the cold start's own optimizer, so that RL starts with a fresh state
 POLICY = "policy"
 MAX_BAD_STEPS = 10  # non-finite gradients in a row after which training stops
+_NOTHING_TRAINED = ("loss", "mismatch/kl", "policy/entropy", "grad/norm", "grad/skipped", "tokens")
 Output = dict[str, Tensor]
 
 
@@ -142,6 +143,8 @@ class GTPOLearner(TorchLearner):
         for name, saved in state.items():
             if name in self._named_optimizers:
                 self._named_optimizers[name].load_state_dict(copy.deepcopy(saved["state"]))
+        if isinstance(self.config.lr, float):  # a schedule goes on by itself; a number may be new
+            self._set_optimizer_lr(self.get_optimizer(DEFAULT_MODULE_ID, POLICY), self.config.lr)
 
     def _log_trainable_parameters(self) -> None:
         """Logged with each update instead: RLlib's one-off value is NaN in every later result."""
@@ -200,21 +203,28 @@ class GTPOLearner(TorchLearner):
         reports = []
         for step in range(steps):
             chosen = self._mini_batch(trained, step % self.config.mini_batches)
-            loss_fn = self._policy_loss(advantages, anchors, [sequences[i] for i in chosen])
-            reports.append(self._step(sequences, chosen, loss_fn, POLICY))
+            if self._max(len(chosen)):  # else there is nothing to train on at any learner
+                loss_fn = self._policy_loss(advantages, anchors, [sequences[i] for i in chosen])
+                reports.append(
+                    self._step(sequences, chosen, loss_fn, POLICY, self.config.grad_clip)
+                )
             on_step(step + 1, steps)
+        if not reports:
+            return dict.fromkeys(_NOTHING_TRAINED, 0.0)
         report = {name: sum(r[name] for r in reports) / len(reports) for name in reports[0]}
-        for name in ("mismatch/kl", "policy/entropy"):  # absent if there was nothing to train on
-            report[name] = reports[0].get(name, 0.0)
+        report["mismatch/kl"] = reports[0]["mismatch/kl"]  # before the first step of the update
         return report
 
     def _mini_batch(self, trained: TrainedBatch, part: int) -> list[int]:
-        """Indices of the trajectories (with turns) of every `mini_batches`-th group."""
+        """Indices of the trajectories (with turns) of every `mini_batches`-th group.
+
+        A group's id says which, so that the parts are the same for any number of learners.
+        """
         chosen: list[int] = []
         start = 0
-        for number, group in enumerate(trained.groups):
+        for group in trained.groups:
             members = enumerate(group.trajectories, start)
-            if number % self.config.mini_batches == part:
+            if group.id % self.config.mini_batches == part:
                 chosen += [index for index, trajectory in members if trajectory.turns]
             start += len(group.trajectories)
         return chosen
@@ -294,6 +304,10 @@ class GTPOLearner(TorchLearner):
         total, tokens = self._sum(sums.to(self._device)).tolist()
         return total / max(tokens, 1.0)
 
+    def max_context(self) -> int:
+        """Most tokens that the model's positions allow."""
+        return int(self._unwrapped.max_context)
+
     def end_supervision(self) -> None:
         """Frees the cold start's optimizer state, and counts the weights as new."""
         self.get_optimizer(DEFAULT_MODULE_ID, SUPERVISED).state.clear()
@@ -307,7 +321,7 @@ class GTPOLearner(TorchLearner):
         chosen: list[int],
         loss_fn: Callable[[TokenBatch, Output], tuple[Tensor, dict[str, Tensor]]],
         optimizer_name: str,
-        grad_clip: float | None = None,
+        grad_clip: float | None,
     ) -> dict[str, float]:
         """Accumulates the gradient of `loss_fn` over micro-batches and steps once.
 
@@ -338,7 +352,7 @@ class GTPOLearner(TorchLearner):
         report["computed_tokens"] = float(
             self._sum(torch.tensor(float(computed), device=self._device))
         )
-        report["grad/norm"] = self._apply_gradients(optimizer, grad_clip or self.config.grad_clip)
+        report["grad/norm"] = self._apply_gradients(optimizer, grad_clip)
         report["grad/skipped"] = float(self._bad_steps > 0)
         return report
 

@@ -12,7 +12,8 @@ from rllib_gtpo.types import Group, StopReason, ToolError, Trajectory
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Exact means over all trajectories (or turns, or calls) of `groups`.
 
-    reward/NAME is the mean over trajectories of the component's sum; rates of tools are per call.
+    reward/NAME is the mean over trajectories of the component's sum; tool/error_rate is per call,
+    tool/invalid_rate per turn.
     """
     trajectories = [t for g in groups for t in g.trajectories]
     turns = [turn for t in trajectories for turn in t.turns]

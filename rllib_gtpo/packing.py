@@ -97,7 +97,7 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     end = [0] * len(order)  # where its first micro-batch ends
     for start in reversed(range(len(order))):
         width = lengths[order[start]]
-        most = min(len(order), start + max(1, token_budget // width))
+        most = min(len(order), start + max(1, token_budget // max(1, width)))
         end[start] = min(
             range(start + 1, most + 1), key=lambda stop: (stop - start) * width + cost[stop]
         )

@@ -47,6 +47,7 @@ class Rollout:
         self._sampling, self._key = sampling, key
         self._context: list[int] = []
         self._prompt_ids: list[int] = []  # what the newest observation added to the context
+        self._closed = False
 
     def open(self) -> str | None:
         """Resets the environment; returns why the task cannot be rolled out at all, if so."""
@@ -62,7 +63,8 @@ class Rollout:
         self._runner.callback("on_episode_start", self.episode)
         if self.done:
             return f"task {task_id(self._task)}: reset failed: {self.trajectory.error}"
-        self._see_observation()
+        if not self._see_observation():
+            return f"task {task_id(self._task)}: {self.trajectory.error}"
         room = self._runner.engine.max_context - len(self._context)
         if room < 1:
             return (
@@ -113,6 +115,8 @@ class Rollout:
             self._fail(StopReason.ENV_TIMEOUT, TimeoutError(f"no answer in {TURN_TIMEOUT_S:g} s"))
         except Exception as error:
             self._fail(StopReason.ENV_ERROR, error)
+        if len(self.trajectory.turns) == len(self.episode):  # it failed before it took the turn
+            self.trajectory.turns.append(turn)
         if self.trajectory.stop_reason is StopReason.TURN_TRUNCATED and (
             len(self._context) >= self._runner.engine.max_context
         ):
@@ -130,7 +134,10 @@ class Rollout:
         self._runner.callback("on_episode_step", self.episode)
 
     def close(self) -> None:
-        """Frees what the trajectory holds in the engine and the environment."""
+        """Frees what the trajectory holds in the engine and the environment; once is enough."""
+        if self._closed:
+            return
+        self._closed = True
         self._runner.engine.release(self.episode.id_)
         try:
             self.env.close()
@@ -139,10 +146,15 @@ class Rollout:
         if not self.episode.is_done:
             self.episode.is_truncated = True
 
-    def _see_observation(self) -> None:
-        batch = self._runner.to_module(self.episode)
-        self._prompt_ids = batch[PROMPT_IDS][0]
+    def _see_observation(self) -> bool:
+        """Adds the newest observation to the context; False if it cannot be rendered."""
+        try:
+            self._prompt_ids = self._runner.to_module(self.episode)[PROMPT_IDS][0]
+        except Exception as error:
+            self._fail(StopReason.ENV_ERROR, error)
+            return False
         self._context = self._context + self._prompt_ids
+        return True
 
     def _to_turn(self, completion: Completion) -> Turn:
         batch: dict[str, Any] = {PROMPT_IDS: [self._prompt_ids], COMPLETIONS: [completion]}

@@ -9,6 +9,7 @@ from typing import Any
 from rllib_gtpo.env_runner import GroupJob, Rollouts
 from rllib_gtpo.episodes import trajectory_of
 from rllib_gtpo.errors import EnvironmentFault
+from rllib_gtpo.types import Group, StopReason
 
 _MAX_ROUNDS = 5
 
@@ -88,3 +89,17 @@ def _collect(sampled: Sampled, rollouts: Rollouts, metrics: Any) -> None:
     sampled.episodes += rollouts.episodes
     sampled.skipped.update(rollouts.skipped)
     sampled.runner_metrics.append(metrics)
+
+
+def refuse_broken_environment(groups: list[Group]) -> None:
+    """One broken rollout is data; an environment that breaks most of them is a bug to be told."""
+    trajectories = [t for g in groups for t in g.trajectories]
+    broken = [
+        t for t in trajectories if t.stop_reason in (StopReason.ENV_ERROR, StopReason.ENV_TIMEOUT)
+    ]
+    if 2 * len(broken) > len(trajectories):
+        raise EnvironmentFault(
+            f"{len(broken)} of {len(trajectories)} rollouts ended in an error of the "
+            "environment. The "
+            f"first: {broken[0].error}"
+        )

@@ -10,9 +10,10 @@ import gymnasium as gym
 
 from rllib_gtpo.env import ToolEnv
 from rllib_gtpo.errors import EnvironmentFault
+from rllib_gtpo.tools.threads import start
 from rllib_gtpo.types import Observation, StopReason, Task, Trajectory, Turn
 
-_SEEDS = {"train": range(0, 1_000_000), "validation": range(1_000_000, 1_001_000)}
+_SEEDS = {"train": range(0, 100_000), "validation": range(1_000_000, 1_001_000)}
 _SEEDS["test"] = range(1_001_000, 1_002_000)
 
 
@@ -67,9 +68,12 @@ class TextEnv(ToolEnv):
         turn = Turn(0, text=action, content=action) if isinstance(action, str) else action
         turn.index = len(trajectory.turns)
         trajectory.turns.append(turn)
-        text, reward, terminated, truncated, info = await asyncio.to_thread(
-            self.inner.step, turn.content
+        outcome = await start(
+            lambda: _outcome(self.inner, turn.content), asyncio.get_running_loop()
         )
+        if isinstance(outcome, Exception):
+            raise outcome
+        text, reward, terminated, truncated, info = outcome
         turn.rewards["env"] = float(reward)
         self._success = bool(info.get("is_success", False))
         limit = len(trajectory.turns) >= self.turn_limit
@@ -99,3 +103,11 @@ class TextEnv(ToolEnv):
     def close(self) -> None:
         """Closes the inner environment."""
         self.inner.close()
+
+
+def _outcome(env: Any, text: str) -> Any:
+    """What the step returned, or the exception; in a daemon thread, which a hung step may keep."""
+    try:
+        return env.step(text)
+    except Exception as error:
+        return error

@@ -29,6 +29,11 @@ class TestRefusals:
             ({"clip_low": 2.0}, "clip_low"),
             ({"ratio_level": "word"}, "did you mean"),
             ({"groups_per_step": 0}, "at least 1"),
+            ({"optimizer": {"name": "AdamW", "lr": 1.0}}, r"training\(lr=...\)"),
+            ({"importance_cap": 3.0}, "no effect unless importance_sampling"),
+            ({"kl_estimator": "k1"}, "no effect unless kl_coeff"),
+            ({"num_epochs": 3}, "no effect here; use group_size"),
+            ({"grad_clip_by": "value"}, "global norm"),
             ({"optimizer": {"name": "AdanW"}}, "did you mean 'Adam"),
         ],
     )
@@ -67,6 +72,12 @@ class TestRefusals:
     def test_rewards(self):
         with pytest.raises(ConfigError, match="size of the penalty"):
             valid(GTPOConfig().rewards(format_penalty=-0.1))
+
+    def test_evaluation(self):
+        with pytest.raises(ConfigError, match="between iterations"):
+            valid(GTPOConfig().evaluation(evaluation_parallel_to_training=True))
+        with pytest.raises(ConfigError, match="number of episodes"):
+            valid(GTPOConfig().evaluation(evaluation_duration_unit="timesteps"))
 
     def test_more_learners_than_groups(self):
         with pytest.raises(ConfigError, match="nothing to do"):

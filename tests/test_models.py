@@ -188,7 +188,7 @@ class TestDirectories:
 
 
 def test_a_saved_model_and_tokenizer_load_as_they_were(tmp_path):
-    """As the architecture's own tokenizer class, which transformers chooses by the model's config."""
+    """As the class that transformers chooses by the architecture of the model."""
     load_model(SMALL, tokenizer=TOKENIZER).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))

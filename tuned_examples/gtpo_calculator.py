@@ -1,7 +1,7 @@
 """GTPO on the calculator task: a tiny model learns to use a Python tool, on two CPU cores.
 
 What: chains such as `12+7*3-5`, worked out from left to right with one tool call per step; every
-step depends on the result of the one before.  The policy is a Qwen2 of 0.4 M parameters made from a
+step depends on the result of the one before.  The policy is a Qwen2 of 0.3 M parameters made from a
 config.
 
 How: a cold start on demonstrations of mixed behaviour (a bit less than half of them solve the task;

@@ -11,7 +11,7 @@ from rllib_gtpo.command.files import Experiment
 from rllib_gtpo.command.output import resume_command
 from rllib_gtpo.command.ray_session import ray_session
 from rllib_gtpo.command.stopping import StopCriteria
-from rllib_gtpo.command.trial import FAILURE, OK
+from rllib_gtpo.command.trial import FAILURE, OK, checkpoint_frequency
 from rllib_gtpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ def _new_tuner(
 ) -> Any:
     from ray import tune
 
-    freq = options.checkpoint_freq
-    frequency = freq if freq is not None else experiment.checkpoint_freq or 10
+    frequency = checkpoint_frequency(options.checkpoint_freq, experiment.checkpoint_freq)
     return tune.Tuner(
         trainable,
         param_space=experiment.config,

@@ -1,7 +1,9 @@
 """One trial in this process: build or restore, train, save, report.
 
 An algorithm may define these hooks; all are optional:
-    on_run_start(), on_run_end()   called around the iterations, also of a resumed run
+    on_run_start() -> bool         called before the iterations, also of a resumed run; whether
+                                   it did work that should be saved
+    on_run_end()                   called after the last iteration, unless interrupted
     request_stop()                 leave train() or a hook soon, by raising errors.Interrupted
     summary_line(result) -> str    the line printed for an iteration
     held_out_accuracy              (before, after) or None, printed at the end
@@ -49,8 +51,7 @@ class Trial:
         self.metrics: dict[str, float] = {}
         self.saved: Checkpoint | None = None
         self.dirty = False  # whether there is state that no checkpoint holds
-        freq = options.checkpoint_freq
-        self.freq = freq if freq is not None else experiment.checkpoint_freq or 10
+        self.freq = checkpoint_frequency(options.checkpoint_freq, experiment.checkpoint_freq)
 
     def execute(self, checkpoint: Checkpoint | None) -> int:
         """Runs to the end; prints the report only after Ray is down, so that nothing follows it."""
@@ -81,7 +82,7 @@ class Trial:
         if not self._save_final():
             return NOT_SAVED
         if not stopped:
-            stopped = not self._call_hook("on_run_end")
+            stopped = not self._end()
         accuracy = getattr(self.algo, "held_out_accuracy", None)
         record = self.run.record
         record.held_out_accuracy = [float(x) for x in accuracy] if accuracy else None
@@ -115,10 +116,16 @@ class Trial:
         if self.stopper.requested:
             return True
         self.dirty = self.saved is None
-        if not self._call_hook("on_run_start"):
-            return False
-        if self.saved is None and self.freq > 0 and hasattr(self.algo, "on_run_start"):
-            self._save_periodic()  # the hook may have been long work
+        hook = getattr(self.algo, "on_run_start", None)
+        if callable(hook):
+            self.dirty = True  # it may leave in the middle of its work
+            try:
+                worked = hook()
+            except Interrupted:
+                return False
+            self.dirty = bool(worked) or self.saved is None
+            if self.dirty and self.freq > 0:
+                self._save_periodic()
         while not self.stopper.requested:
             reason = self.criteria.reached(self.metrics) if self.metrics else None
             if reason:
@@ -169,9 +176,9 @@ class Trial:
             return False
         return True
 
-    def _call_hook(self, name: str) -> bool:
-        """False if a stop was asked for while the hook ran and it left early."""
-        hook = getattr(self.algo, name, None)
+    def _end(self) -> bool:
+        """Calls on_run_end; False if a stop was asked for meanwhile and it left early."""
+        hook = getattr(self.algo, "on_run_end", None)
         try:
             if callable(hook):
                 hook()
@@ -211,6 +218,13 @@ class Trial:
         except BrokenPipeError:
             mute_stdout()
             self.stopper.request(PIPE_EXIT)
+
+
+def checkpoint_frequency(option: int | None, of_file: int | None) -> int:
+    """Iterations between checkpoints: the option, the file, or 10; 0 means only at the end."""
+    if option is not None:
+        return option
+    return 10 if of_file is None else of_file
 
 
 def _first(metrics: Mapping[str, float], *keys: str) -> float | None:

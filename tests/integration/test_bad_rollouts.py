@@ -68,6 +68,15 @@ class FailingReset(Adder):
         return super().reset(seed=seed, options=options)
 
 
+class Late(Adder):
+    """Raises before it takes its second turn."""
+
+    async def astep(self, action):
+        if self.trajectory.turns and self.trajectory.member == 0:
+            raise RuntimeError("too late")
+        return await super().astep(action)
+
+
 class Hopeless(Adder):
     def reward(self, trajectory, task):
         return {"accuracy": 0.0}
@@ -159,6 +168,60 @@ def test_members_without_turns_are_counted_and_harm_nobody(adder_model):
     result = algorithm.train()
     assert result["stop"]["env_error"] == 0.25
     assert result["grad"]["norm"] > 0
+    algorithm.stop()
+
+
+def test_an_error_before_a_turn_is_taken_keeps_the_turn(train):
+    algorithm = train(Late)
+    result = algorithm.train()
+    assert result["stop"]["env_error"] > 0
+    for episode in algorithm._sample_groups()[1]:
+        assert len(episode) == len(trajectory_of(episode).turns) == len(episode.get_rewards())
+
+
+def test_evaluation_ends_with_the_split_and_needs_runners(adder_model):
+    from rllib_gtpo.errors import ConfigError
+
+    config = build(adder_model, Adder)
+    algorithm = config.build_algo()
+    with pytest.raises(ConfigError, match="evaluation_interval"):
+        algorithm.evaluate()
+    algorithm.stop()
+    config = config.environment(env_config={"count": 7})
+    algorithm = config.evaluation(evaluation_interval=1, evaluation_samples_per_task=2).build_algo()
+    assert algorithm.evaluate()["env_runners"]["num_episodes"] == 14
+    algorithm.stop()
+
+
+def test_mini_batches_that_are_empty_are_left_out(adder_model):
+    config = build(adder_model, Adder).training(mini_batches=10, groups_per_step=10)
+    algorithm = config.training(uniform_groups="drop").build_algo()
+    result = algorithm.train()
+    assert 0 < result["group"]["dropped_frac"] < 1
+    assert result["grad"]["norm"] > 0
+    algorithm.stop()
+
+
+def test_a_text_environment_that_hangs_is_ended(adder_model, monkeypatch):
+    import time
+
+    import gymnasium as gym
+
+    class Stuck(gym.Env):
+        observation_space = action_space = gym.spaces.Text(100)
+
+        def reset(self, *, seed=None, options=None):
+            return "hello", {}
+
+        def step(self, action):
+            time.sleep(30)
+
+    monkeypatch.setattr("rllib_gtpo.rollout.TURN_TIMEOUT_S", 0.2)
+    algorithm = build(adder_model, lambda _: Stuck()).build_algo()
+    began = time.monotonic()
+    with pytest.raises(EnvironmentFault, match="no answer"):
+        algorithm.train()
+    assert time.monotonic() - began < 20
     algorithm.stop()
 
 
