@@ -129,7 +129,7 @@ def _without_effect(config: GTPOConfig) -> None:
     """Settings that would silently do nothing."""
     ours = "use group_size, groups_per_step, mini_batches, epochs and token_budget"
     defaults = AlgorithmConfig()
-    for name in ("num_epochs", "minibatch_size", "train_batch_size_per_learner"):
+    for name in ("num_epochs", "minibatch_size"):
         if getattr(config, name) != getattr(defaults, name):
             raise ConfigError(f"{name} has no effect here; {ours} instead.")
     if config.grad_clip_by != defaults.grad_clip_by:

@@ -75,7 +75,11 @@ class TestRefusals:
 
     def test_evaluation(self):
         with pytest.raises(ConfigError, match="between iterations"):
-            valid(GTPOConfig().evaluation(evaluation_parallel_to_training=True))
+            valid(
+                GTPOConfig().evaluation(
+                    evaluation_parallel_to_training=True, evaluation_num_env_runners=1
+                )
+            )
         with pytest.raises(ConfigError, match="number of episodes"):
             valid(GTPOConfig().evaluation(evaluation_duration_unit="timesteps"))
 

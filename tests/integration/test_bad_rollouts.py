@@ -210,6 +210,9 @@ def test_a_text_environment_that_hangs_is_ended(adder_model, monkeypatch):
     class Stuck(gym.Env):
         observation_space = action_space = gym.spaces.Text(100)
 
+        def __init__(self, env_config):
+            super().__init__()
+
         def reset(self, *, seed=None, options=None):
             return "hello", {}
 
@@ -217,7 +220,7 @@ def test_a_text_environment_that_hangs_is_ended(adder_model, monkeypatch):
             time.sleep(30)
 
     monkeypatch.setattr("rllib_gtpo.rollout.TURN_TIMEOUT_S", 0.2)
-    algorithm = build(adder_model, lambda _: Stuck()).build_algo()
+    algorithm = build(adder_model, Stuck).build_algo()
     began = time.monotonic()
     with pytest.raises(EnvironmentFault, match="no answer"):
         algorithm.train()
