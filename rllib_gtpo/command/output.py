@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import sys
@@ -15,8 +16,16 @@ def mute_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def keep_colour_codes_away() -> None:
+    """Ray's copy of colorama writes a reset code when the program ends, even behind plain text."""
+    colorama = sys.modules.get("colorama.initialise")
+    if colorama is not None:
+        atexit.unregister(colorama.reset_all)
+
+
 def print_end(run: RunDirectory, checkpoint: Checkpoint, complete: bool = True) -> None:
     """The last lines: accuracy if the algorithm measures one, checkpoint, how to continue."""
+    keep_colour_codes_away()
     try:
         if complete and run.record.held_out_accuracy:
             before, after = run.record.held_out_accuracy
