@@ -4,9 +4,9 @@ What: chains such as `12+7*3-5`, worked out from left to right with one tool cal
 step depends on the result of the one before.  The policy is a Qwen2 of 0.3 M parameters made from a
 config.
 
-How: a cold start on demonstrations of mixed behaviour (two in five solve the task; the others guess,
-stop early, or ignore an error) teaches the skill and leaves the behaviour to be learned.  Then GTPO:
-16 groups of 8 rollouts an iteration.
+How: a cold start on demonstrations of mixed behaviour (two in five solve the task; the others
+guess, stop early, or ignore an error) teaches the skill and leaves the behaviour to be learned. 
+Then GTPO: 16 groups of 8 rollouts an iteration.
 
     rllib train file tuned_examples/gtpo_calculator.py
     python tuned_examples/gtpo_calculator.py --stop training_iteration=5
