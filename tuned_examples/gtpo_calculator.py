@@ -5,7 +5,7 @@ step depends on the result of the one before.  The policy is a Qwen2 of 0.3 M pa
 config.
 
 How: a cold start on demonstrations of mixed behaviour (two in five solve the task; the others
-guess, stop early, or ignore an error) teaches the skill and leaves the behaviour to be learned. 
+guess, stop early, or ignore an error) teaches the skill and leaves the behaviour to be learned.
 Then GTPO: 16 groups of 8 rollouts an iteration.
 
     rllib train file tuned_examples/gtpo_calculator.py
