@@ -94,7 +94,7 @@ class TestTasks:
     ("env_config", "message"),
     [
         ({"operation": [1, 2]}, "did you mean 'operations'"),
-        ({"zzz": 1}, "use seed, operations"),
+        ({"zzz": 1}, "valid: seed, operations"),
         ({"operations": [0, 2]}, "1 to 8"),
         ({"operations": [3, 2]}, "1 to 8"),
         ({"operations": 3}, r"\[least, most\], 1 to 8"),
