@@ -16,6 +16,9 @@ import pytest
 from rllib_gtpo.cli import main
 from rllib_gtpo.command.directory import RunDirectory, SaveError
 
+# A run uses the Ray session that is there, so the tests start Ray once.
+pytestmark = pytest.mark.usefixtures("ray_session")
+
 ROOT = Path(__file__).resolve().parent.parent
 YAML = """\
 tiny:
@@ -106,16 +109,6 @@ config = (
 )
 stop = {"training_iteration": 2}
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_ray_session():
-    """A run uses the session that is there, so the tests of this file start Ray once."""
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

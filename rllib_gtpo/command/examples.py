@@ -1,4 +1,4 @@
-"""Finds the tuned examples: in the working directory, the checkout, or the installed package."""
+"""Finds the tuned examples: in the working directory or in the checkout."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from pathlib import Path
 
 def find_examples() -> list[Path]:
     """The example files, from the first place that has any."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (
-        Path("tuned_examples"),
-        package.parent / "tuned_examples",
-        package / "tuned_examples",
-    ):
+    checkout = Path(__file__).resolve().parents[2]
+    for folder in (Path("tuned_examples"), checkout / "tuned_examples"):
         found = [
             path
             for path in sorted(folder.glob("*"))

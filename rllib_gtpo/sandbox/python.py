@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -43,14 +44,30 @@ GUARANTEES: Mapping[str, bool] = MappingProxyType(
 )
 
 
-class _Runner:
-    """`run` and `arun` over one way of submitting a job."""
+class _Runner(ABC):
+    """`run`, `arun` and the context manager over one way of submitting a job."""
 
     _pool: Pool
     _pid: int
 
+    @abstractmethod
     def _submit(self, job: Job) -> None:
-        raise NotImplementedError
+        """Hands a job to the pool, in the pool's thread."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Kills what runs; may be called again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def run(self, code: str) -> SandboxResult:
         """Run `code` and wait.  Never raises for what the code does.
@@ -109,17 +126,6 @@ class Session(_Runner):
         if not self._closed and os.getpid() == self._pid:
             self._closed = True
             self._pool.hub.post(partial(self._pool.close_session, self._state))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_closed"):
@@ -194,17 +200,6 @@ class PythonSandbox(_Runner):
     def close(self) -> None:
         """Kill all executions and sessions and remove their files; may be called again."""
         self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _close(pool: Pool, pid: int) -> None:
