@@ -124,7 +124,7 @@ class Trial:
             except Interrupted:
                 return False
             self.dirty = bool(worked) or self.saved is None
-            if self.dirty and self.freq > 0:
+            if worked and self.freq > 0:
                 self._save_periodic()
         while not self.stopper.requested:
             reason = self.criteria.reached(self.metrics) if self.metrics else None
