@@ -30,9 +30,7 @@ A demonstration (`expert`) behaves in one of six ways, drawn by the task's id fr
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import random
 import re
 from collections.abc import Iterable, Mapping
@@ -42,10 +40,20 @@ from typing import Any
 
 from rllib_gtpo import ToolEnv
 from rllib_gtpo.chat import call_format
-from rllib_gtpo.errors import ConfigError, did_you_mean
+from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.sandbox import Limits, Status
 from rllib_gtpo.tools.python import PythonSession
 from rllib_gtpo.types import Message, Observation, Task, ToolError, ToolResult, Trajectory
+from rllib_gtpo_envs.common import (
+    answered,
+    assistant,
+    check_names,
+    check_range,
+    check_whole,
+    checked_weights,
+    distinct_tasks,
+    wrong_number,
+)
 
 DEMONSTRATIONS = {
     "solve": 0.24,
@@ -59,11 +67,6 @@ DEMONSTRATIONS = {
 
 _STEP = re.compile(r"(\d+)([+\-*])(\d+)(.*)")
 _LIMITS = Limits(cpu_seconds=2.0, memory_mb=256, output_chars=512)
-_SHARES = {
-    "train": range(80),
-    "validation": range(80, 90),
-    "test": range(90, 100),
-}  # of the hash, %
 
 
 @dataclass(frozen=True)
@@ -96,19 +99,19 @@ class Knobs:
     @staticmethod
     def of(env_config: Mapping[str, Any]) -> Knobs:
         """Checked knobs; ConfigError says what is valid."""
-        _check_names(env_config, [f.name for f in fields(Knobs)], "env_config")
+        check_names(env_config, [f.name for f in fields(Knobs)], "env_config")
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in env_config.items()
         }
         if "demonstrations" in values:
-            values["demonstrations"] = _weights(values["demonstrations"])
+            values["demonstrations"] = checked_weights(values["demonstrations"], DEMONSTRATIONS)
         knobs = Knobs(**values)
         for name, low, high in (
             ("operations", 1, 8),
             ("numbers", 0, 99_999),
             ("factors", 0, 99_999),
         ):
-            _check_range(name, getattr(knobs, name), low, high)
+            check_range(name, getattr(knobs, name), low, high)
         for name, low in (
             ("seed", 0),
             ("largest", 1),
@@ -116,7 +119,7 @@ class Knobs:
             ("validation", 1),
             ("test", 1),
         ):
-            _check_whole(name, getattr(knobs, name), low)
+            check_whole(name, getattr(knobs, name), low)
         operators = knobs.operators
         if not isinstance(operators, str) or not operators or not set(operators) <= set("+-*"):
             raise ConfigError(f"env_config: operators={operators!r}: one or more of '+-*'.")
@@ -138,8 +141,6 @@ class Calculator(ToolEnv):
 
     def tasks(self, split: str) -> Iterable[Task]:
         """Rows {"id", "question", "answer", "operations"}; all problems of all splits differ."""
-        if split not in _SHARES:
-            raise ConfigError(f"split={split!r}: use one of {', '.join(_SHARES)}.")
         return [dict(row) for row in _rows(self.knobs, split)]
 
     def prompt(self, task: Task) -> str:
@@ -197,7 +198,7 @@ class Calculator(ToolEnv):
         left, answer = str(task["question"]), str(task["answer"])
         operations = len(re.findall(r"[+\-*]", left))
         if behaviour == "guess" or (behaviour == "stop_early" and operations == 1):
-            return [_said(_wrong(answer, rng))]
+            return [assistant(wrong_number(answer, rng))]
         steps = rng.randint(1, operations - 1) if behaviour == "stop_early" else operations
         slip_at = rng.randrange(operations)
         messages: list[Message] = []
@@ -205,17 +206,17 @@ class Calculator(ToolEnv):
         for number in range(steps):
             first, operator, second, _ = _parts(left)
             if number == slip_at and behaviour in ("retry", "ignore_error"):
-                messages.append(_said(self._call(f"print(x{operator}{second})")))
-                messages.append(_answered(_feedback("NameError: name 'x' is not defined", left)[1]))
+                messages.append(assistant(self._call(f"print(x{operator}{second})")))
+                messages.append(answered(_feedback("NameError: name 'x' is not defined", left)[1]))
                 if behaviour == "ignore_error":
-                    return [*messages, _said(_wrong(answer, rng))]
+                    return [*messages, assistant(wrong_number(answer, rng))]
             code = f"print({first}{operator}{second})"
             if number == slip_at and behaviour == "malformed":
                 messages += self._unclosed(code)
             value = str(_value(int(first), operator, int(second)))
             left, content = _feedback(value, left)
-            messages += [_said(self._call(code)), _answered(content)]
-        return [*messages, _said(value)]
+            messages += [assistant(self._call(code)), answered(content)]
+        return [*messages, assistant(value)]
 
     def _call(self, code: str) -> str:
         if self.call_format.name == "fenced":
@@ -227,7 +228,7 @@ class Calculator(ToolEnv):
         """A call without its end, and what the environment says to it."""
         text = self._call(code).removesuffix("\n```").removesuffix("</tool_call>")
         call = self.call_format.parse(text, self.tool_schemas).calls[0]
-        return [_said(text), _answered(f"Error: {call.error}")]
+        return [assistant(text), answered(f"Error: {call.error}")]
 
 
 def _parts(left: str) -> tuple[str, str, str, str]:
@@ -250,48 +251,19 @@ def _feedback(output: str, left: str) -> tuple[str, str]:
     return left, f"{output or '(no output)'}\nleft: {left if _STEP.fullmatch(left) else 'none'}"
 
 
-def _wrong(answer: str, rng: random.Random) -> str:
-    """A number of about the size of the answer, which it is not."""
-    off = rng.randint(1, max(9, int(answer) // 5))
-    return str(int(answer) + (off if off > int(answer) or rng.random() < 0.5 else -off))
-
-
-def _said(content: str) -> Message:
-    return {"role": "assistant", "content": content}
-
-
-def _answered(content: str) -> Message:
-    return {"role": "tool", "content": content}
-
-
 @lru_cache(maxsize=8)
 def _rows(knobs: Knobs, split: str) -> tuple[Task, ...]:
-    """The tasks of a split.  A hash of the chain decides which split it can be in."""
-    rng = random.Random(f"{knobs.seed}-{split}")
-    wanted: int = getattr(knobs, split)
-    rows: dict[str, Task] = {}
-    misses = 0
-    while len(rows) < wanted:
-        question, answer = _chain(knobs, rng)
-        share = int.from_bytes(hashlib.sha256(question.encode()).digest()[:4]) % 100
-        if answer is None or question in rows or share not in _SHARES[split]:
-            misses += 1
-            if misses > 50_000:
-                raise ConfigError(
-                    f"env_config: {split}={wanted}: there are not that many different problems "
-                    f"({len(rows)} found): ask for fewer, or widen numbers or operations."
-                )
-            continue
-        misses = 0
-        number = len(rows)
-        operations = len(re.findall(r"[+\-*]", question))
-        rows[question] = {
-            "id": f"{split}-{number}",
-            "question": question,
-            "answer": str(answer),
-            "operations": operations,
-        }
-    return tuple(rows.values())
+    return distinct_tasks(
+        lambda rng: _task(knobs, rng), split, getattr(knobs, split, 0), knobs.seed
+    )
+
+
+def _task(knobs: Knobs, rng: random.Random) -> Task | None:
+    question, answer = _chain(knobs, rng)
+    if answer is None:
+        return None
+    operations = len(re.findall(r"[+\-*]", question))
+    return {"question": question, "answer": str(answer), "operations": operations}
 
 
 def _chain(knobs: Knobs, rng: random.Random) -> tuple[str, int | None]:
@@ -306,38 +278,3 @@ def _chain(knobs: Knobs, rng: random.Random) -> tuple[str, int | None]:
         if not 0 <= value <= knobs.largest:
             return question, None
     return question, value
-
-
-def _check_names(given: Iterable[str], known: list[str], where: str) -> None:
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"{where} has an unknown key {name!r}{did_you_mean(name, known)}")
-
-
-def _check_whole(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"env_config: {name}={value!r}: a whole number, at least {low}.")
-
-
-def _check_range(name: str, value: Any, low: int, high: int) -> None:
-    pair = isinstance(value, tuple) and len(value) == 2
-    whole = pair and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    if not whole or not low <= value[0] <= value[1] <= high:
-        raise ConfigError(
-            f"env_config: {name}={value!r}: two whole numbers [least, most], {low} to {high}."
-        )
-
-
-def _weights(given: Any) -> tuple[tuple[str, float], ...]:
-    if not isinstance(given, Mapping):
-        raise ConfigError(
-            f"env_config: demonstrations={given!r}: a weight for each behaviour, by name."
-        )
-    _check_names(given, list(DEMONSTRATIONS), "env_config: demonstrations")
-    for name, weight in given.items():
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight) or weight < 0:
-            raise ConfigError(f"env_config: demonstrations: {name}={weight!r}: at least 0.")
-    if not sum(given.values()) > 0:
-        raise ConfigError("env_config: demonstrations: at least one weight must be above 0.")
-    return tuple((name, float(given.get(name, 0.0))) for name in DEMONSTRATIONS)
