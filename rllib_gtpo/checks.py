@@ -12,6 +12,8 @@ from rllib_gtpo.cold_start import ColdStart
 from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.ops.advantages import ESTIMATORS
 from rllib_gtpo.ops.losses import Objective
+from rllib_gtpo.rewards.embedders import build_embedder
+from rllib_gtpo.rewards.shaping import INPUTS, MODES, ON_FAILURE
 
 if TYPE_CHECKING:
     from rllib_gtpo.config import GTPOConfig
@@ -19,6 +21,13 @@ if TYPE_CHECKING:
 DEFAULT_GAMMA = 0.9
 _UNIFORM = ("keep", "drop_solved", "drop")
 _ENGINES = ("hf",)
+_OUTCOME_ONLY = ("grpo", "mt_grpo")  # what the last turn gets besides accuracy does not reach them
+_SHAPING_DEFAULTS = {
+    "shaping_alpha": 0.5,
+    "shaping_input": "code",
+    "embedder": "python_tokens",
+    "on_embedder_failure": "stop",
+}
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -27,6 +36,7 @@ def check(config: GTPOConfig) -> None:
     _credit(config)
     _sampling(config)
     _model(config)
+    _shaping(config)
     _evaluation(config)
     _without_effect(config)
     config.build_objective()
@@ -96,6 +106,32 @@ def _sampling(config: GTPOConfig) -> None:
             raise ConfigError(
                 f"{name}={getattr(config, name)}: give the size of the penalty, at least 0."
             )
+
+
+def _shaping(config: GTPOConfig) -> None:
+    for name, valid in (
+        ("shaping", MODES),
+        ("shaping_input", INPUTS),
+        ("on_embedder_failure", ON_FAILURE),
+    ):
+        if getattr(config, name) not in valid:
+            raise ConfigError(_one_of(name, getattr(config, name), valid))
+    if not 0.0 < config.shaping_alpha <= 1.0:
+        raise ConfigError(
+            f"shaping_alpha={config.shaping_alpha}: must lie in (0, 1], or wrong code could be "
+            "worth more than right code."
+        )
+    if config.shaping == "none":
+        for name, default in _SHAPING_DEFAULTS.items():
+            if getattr(config, name) != default:
+                raise ConfigError(f"{name} has no effect unless shaping is set; leave it out.")
+    elif config.estimator in _OUTCOME_ONLY:
+        raise ConfigError(
+            f"shaping={config.shaping!r} has no effect with estimator={config.estimator!r}, which "
+            "takes the outcome and not the turns' rewards: leave it out, or use 'grpo_sum'."
+        )
+    else:
+        build_embedder(config.embedder)
 
 
 def _model(config: GTPOConfig) -> None:

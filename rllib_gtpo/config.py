@@ -14,7 +14,9 @@ from rllib_gtpo.checks import DEFAULT_GAMMA, check
 from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.models import TINY_QWEN2, load_tokenizer
 from rllib_gtpo.ops.losses import Objective
+from rllib_gtpo.rewards.embedders import build_embedder
 from rllib_gtpo.rewards.rubric import Rubric
+from rllib_gtpo.rewards.shaping import Shaping
 
 # RLlib's own attribute `model` is a dict of the old stack; ours is kept under another name.
 _ATTRIBUTE = {
@@ -75,6 +77,11 @@ class GTPOConfig(AlgorithmConfig):
         # rewards
         self.format_penalty = 0.1
         self.penalize_tool_errors = 0.0
+        self.shaping = "none"
+        self.shaping_alpha = 0.5
+        self.shaping_input = "code"
+        self.embedder: str | dict[str, Any] = "python_tokens"
+        self.on_embedder_failure = "stop"
         # evaluation
         self.evaluation_split = "validation"
         self.evaluation_samples_per_task = 1
@@ -231,9 +238,27 @@ class GTPOConfig(AlgorithmConfig):
         *,
         format_penalty: float = NotProvided,
         penalize_tool_errors: float = NotProvided,
+        shaping: str = NotProvided,
+        shaping_alpha: float = NotProvided,
+        shaping_input: str = NotProvided,
+        embedder: str | dict[str, Any] = NotProvided,
+        on_embedder_failure: str = NotProvided,
     ) -> GTPOConfig:
-        """Reward components besides the environment's; see rllib_gtpo.rewards.Rubric."""
-        return self._set(format_penalty=format_penalty, penalize_tool_errors=penalize_tool_errors)
+        """Reward components besides the environment's.
+
+        Args:
+            format_penalty, penalize_tool_errors: See rllib_gtpo.rewards.Rubric.
+            shaping: Partial credit for failed trajectories, by the similarity of their code to that
+                of correct siblings: "none", "mean", "max", or a control, "constant" or "shuffled".
+            shaping_alpha: What a perfect copy of correct code is worth.
+            shaping_input: What is compared: "code", or the whole "trajectory".
+            embedder: "python_tokens" (offline), "titan", or a dict with its settings; see
+                rllib_gtpo.rewards.embedders.
+            on_embedder_failure: "stop" with the error, or "skip" shaping in the groups concerned,
+                counted as `env_runners/unshaped_groups`.
+        """
+        given = {k: v for k, v in locals().items() if k != "self"}
+        return self._set(**given)
 
     def evaluation(
         self,
@@ -333,6 +358,18 @@ class GTPOConfig(AlgorithmConfig):
     def build_rubric(self) -> Rubric:
         """Reward components besides the environment's."""
         return Rubric(self.format_penalty, self.penalize_tool_errors)
+
+    def build_shaping(self) -> Shaping | None:
+        """Partial credit for failed trajectories of training groups, if it is on."""
+        if self.shaping == "none" or self.in_evaluation:
+            return None
+        return Shaping(
+            build_embedder(self.embedder),
+            self.shaping,
+            self.shaping_alpha,
+            self.shaping_input,
+            self.on_embedder_failure,
+        )
 
     def build_objective(self) -> Objective:
         """The loss."""

@@ -43,6 +43,8 @@ from rllib_gtpo.shuffling import EndlessOrder
 from rllib_gtpo.text_env import as_tool_env
 from rllib_gtpo.types import Task
 
+UNSHAPED_GROUPS = "unshaped_groups"  # those whose texts could not be embedded
+
 
 @dataclass
 class GroupJob:
@@ -80,6 +82,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         self._tasks: list[Task] = []  # of the one split that this runner serves
         self.make_env()
         self.codec = self.config.build_codec()
+        self._shaping = self.config.build_shaping()
         self.make_module()
         self.engine = HFEngine(
             self.module.model,
@@ -219,8 +222,12 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
 
     def _finish(self, rollouts: list[Rollout]) -> list[SingleAgentEpisode]:
         """Scores whole groups; from here on rewards are final."""
-        for group in group_trajectories([r.trajectory for r in rollouts]):
+        groups = group_trajectories([r.trajectory for r in rollouts])
+        for group in groups:
             self.env.rubric.score_group(self.env, group)
+        if self._shaping is not None:
+            unshaped = self._shaping.score_groups(groups)
+            self.metrics.log_value(UNSHAPED_GROUPS, unshaped, reduce="sum")
         for rollout in rollouts:
             attach_trajectory(rollout.episode, rollout.trajectory)
             self.callback("on_episode_end", rollout.episode, prev_episode_chunks=[])

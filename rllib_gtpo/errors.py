@@ -32,6 +32,10 @@ class RewardError(GTPOError, ValueError):
     """A reward function returned something that is not a set of finite named components."""
 
 
+class EmbedderError(GTPOError, RuntimeError):
+    """A text could not be embedded, so that its similarity to others is unknown."""
+
+
 class EngineError(GTPOError, RuntimeError):
     """The rollout engine failed; the rollouts it held are lost."""
 

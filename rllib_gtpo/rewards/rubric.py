@@ -41,15 +41,15 @@ class Rubric:
         if self.penalize_tool_errors:
             failed = any(r.error in (ToolError.RAISED, ToolError.TIMEOUT) for r in turn.results)
             rewards["tool_errors"] = -self.penalize_tool_errors if failed else 0.0
-        _merge(rewards, env.turn_reward(turn, trajectory.task), "turn_reward")
-        _merge(turn.rewards, rewards, "turn_reward")
+        merge_components(rewards, env.turn_reward(turn, trajectory.task), "turn_reward")
+        merge_components(turn.rewards, rewards, "turn_reward")
 
     def score_end(self, env: ToolEnv, trajectory: Trajectory) -> None:
         """Adds the outcome's components to the last turn; call it once, when the trajectory
         ended."""
         if trajectory.turns:
             components = env.reward(trajectory, trajectory.task)
-            _merge(trajectory.turns[-1].rewards, components, "reward")
+            merge_components(trajectory.turns[-1].rewards, components, "reward")
         trajectory.correct = bool(trajectory.turns) and env.correct(trajectory, trajectory.task)
 
     def score_group(self, env: ToolEnv, group: Group) -> None:
@@ -64,10 +64,12 @@ class Rubric:
             )
         for trajectory, components in zip(group.trajectories, per_member, strict=True):
             if trajectory.turns:
-                _merge(trajectory.turns[-1].rewards, components, "group_reward")
+                merge_components(trajectory.turns[-1].rewards, components, "group_reward")
 
 
-def _merge(into: dict[str, float], components: Mapping[str, Any] | None, source: str) -> None:
+def merge_components(
+    into: dict[str, float], components: Mapping[str, Any] | None, source: str
+) -> None:
     """Adds named components to a turn, refusing anything that could silently spoil a return."""
     if components is None:
         return
