@@ -90,7 +90,7 @@ class Objective:
 
 
 def token_weights(aggregation: Aggregation, turn: Tensor, trajectory: Tensor) -> Tensor:
-    """The weight [T] float32 of each trained token in the loss sum.
+    """The weight [T] float64 of each trained token in the loss sum.
 
     Args:
         aggregation: "token_mean" and "constant" give 1; "sequence_mean" 1 / trained tokens of the
@@ -99,10 +99,10 @@ def token_weights(aggregation: Aggregation, turn: Tensor, trajectory: Tensor) ->
         trajectory: Int [T], unique over the whole batch.
     """
     if aggregation == "sequence_mean":
-        return 1.0 / Segments.of(trajectory).size(torch.float32)
+        return 1.0 / Segments.of(trajectory).size()
     if aggregation == "turn_mean":
-        return 1.0 / Segments.of(turn).size(torch.float32)
-    return torch.ones(turn.shape, dtype=torch.float32, device=turn.device)
+        return 1.0 / Segments.of(turn).size()
+    return torch.ones(turn.shape, dtype=torch.float64, device=turn.device)
 
 
 def normaliser(

@@ -257,7 +257,7 @@ def test_entropy_bonus_lowers_the_loss() -> None:
 )
 def test_weights_and_normaliser(aggregation: str, weights: list[float], total: float) -> None:
     got = token_weights(aggregation, TURN, TRAJECTORY)  # type: ignore[arg-type]
-    torch.testing.assert_close(got, torch.tensor(weights))
+    torch.testing.assert_close(got, torch.tensor(weights, dtype=torch.float64), rtol=0, atol=1e-16)
     assert normaliser(make(aggregation), TURN, TRAJECTORY).item() == total
 
 
@@ -326,7 +326,7 @@ def test_means_are_means() -> None:
     ]:
         loss, _ = objective_sum(make(aggregation), **batch)
         got = loss / normaliser(make(aggregation), TURN, TRAJECTORY)
-        assert got.item() == pytest.approx(expected.item(), abs=1e-7)
+        assert got.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 # --- gradients ---------------------------------------------------------------------------------
