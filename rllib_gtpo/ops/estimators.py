@@ -40,13 +40,18 @@ def standardised(values_N: Tensor, mean_N: Tensor, std_N: Tensor, use_std: bool)
 
 
 def leave_one_out(turns: Turns, values_N: Tensor, weight_N: Tensor) -> TurnCredit:
-    """values - weighted mean over the rows of the group's other trajectories; 0 without others."""
+    """values - weighted mean over the rows of the group's other trajectories.
+
+    0 without others, and exactly 0 in a group without spread.
+    """
     weighted_N, own = weight_N * values_N, turns.rows.segments
     others_N = turns.group.total(weighted_N) - own.total(weighted_N)
     weights_N = turns.group.total(weight_N) - own.total(weight_N)
     alone_N = turns.group.total(turns.first_N) < 1.5
     baseline_N = torch.where(alone_N, values_N, others_N / torch.where(alone_N, 1.0, weights_N))
-    return TurnCredit(values_N, baseline_N, torch.ones_like(values_N), values_N - baseline_N)
+    std_N = spread_N(values_N, weight_N, turns.group)[1]
+    advantages_N = torch.where(std_N < EPSILON, 0.0, values_N - baseline_N)
+    return TurnCredit(values_N, baseline_N, torch.ones_like(values_N), advantages_N)
 
 
 @register_estimator(
@@ -135,10 +140,7 @@ def rloo(turns: Turns) -> TurnCredit:
 
     Degenerate case: a group of equal sums, or of one member, gives 0.
     """
-    credit = leave_one_out(turns, turns.sums(), turns.first_N)
-    std_N = spread_N(credit.returns, turns.first_N, turns.group)[1]
-    advantages_N = torch.where(std_N < EPSILON, 0.0, credit.advantages)
-    return TurnCredit(credit.returns, credit.baseline, credit.scale, advantages_N)
+    return leave_one_out(turns, turns.sums(), turns.first_N)
 
 
 @register_estimator("reinforce_pp")
@@ -147,12 +149,12 @@ def reinforce_pp(turns: Turns) -> TurnCredit:
 
     The std is that of the *centred* sums of all learners' trajectories, each counted once.
 
-    Degenerate case: no spread within any group of the step gives 0.
+    Degenerate case: a group of equal sums, or of one member, gives 0.
     """
-    sums_N, first_N = turns.sums(), turns.first_N
-    mean_N = spread_N(sums_N, first_N, turns.group)[0]
-    std_N = spread_over_step(turns, sums_N - mean_N, first_N)[1]
-    return standardised(sums_N, mean_N, std_N, use_std=True)
+    centred = dr_grpo(turns)
+    std_N = spread_over_step(turns, centred.advantages, turns.first_N)[1]
+    scaled = standardised(centred.advantages, torch.zeros_like(std_N), std_N, use_std=True)
+    return TurnCredit(centred.returns, centred.baseline, scaled.scale, scaled.advantages)
 
 
 @register_estimator("mt_grpo")

@@ -1,11 +1,10 @@
-"""Credit of turns: hand-computed values, the slow reference, and what must and must not matter."""
+"""Credit of turns: values by hand, the slow reference, learners, refusals, the registry."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -24,103 +23,17 @@ from rllib_gtpo.ops.advantages import (
     turn_credit,
 )
 from tests.ops import reference
-
-MODES = ["group", "turn_index", "batch", "first_return", "leave_one_out", "none"]
-VARIANTS: list[dict[str, Any]] = [
-    *({"estimator": "gtpo", "normalize": mode} for mode in MODES),
-    *(
-        {"estimator": "gtpo", "normalize": mode, "use_std": False}
-        for mode in ("group", "turn_index", "batch", "first_return")
-    ),
-    *(
-        {"estimator": "gtpo", "normalize": mode, "weight_trajectories": True}
-        for mode in ("group", "batch", "leave_one_out")
-    ),
-    *({"estimator": e} for e in ("grpo", "grpo_sum", "dr_grpo", "rloo", "reinforce_pp")),
-    {"estimator": "mt_grpo"},
-    {"estimator": "mt_grpo", "lambda_": 0.3},
-    {"estimator": "gigpo"},
-    {"estimator": "gigpo", "use_std": True, "omega": 0.5},
-]
-
-
-def name_of(variant: dict[str, Any]) -> str:
-    return "-".join(str(value) for value in variant.values())
-
-
-each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
-
-
-@dataclass
-class Batch:
-    """A ragged batch as lists: one entry per turn."""
-
-    rewards: list[float]
-    trajectory: list[int]
-    group: list[int]
-    outcome: list[float]
-    anchor: list[int]
-
-    def credit(self, dtype: torch.dtype = torch.float64, **options: Any) -> TurnCredit:
-        return turn_credit(
-            torch.tensor(self.rewards, dtype=dtype),
-            torch.tensor(self.trajectory, dtype=torch.long),
-            torch.tensor(self.group, dtype=torch.long),
-            outcome=torch.tensor(self.outcome, dtype=dtype),
-            anchor=torch.tensor(self.anchor, dtype=torch.long),
-            **options,
-        )
-
-    def rows(self, keep: list[int]) -> Batch:
-        columns = (self.rewards, self.trajectory, self.group, self.outcome, self.anchor)
-        return Batch(*([column[i] for i in keep] for column in columns))  # type: ignore[arg-type]
-
-    def expected(self, estimator: str, **options: Any) -> list[float]:
-        for name in ESTIMATORS[estimator].inputs:
-            options[name] = getattr(self, name)
-        function = reference.ESTIMATORS[estimator]
-        return function(self.rewards, self.trajectory, self.group, **options)
-
-
-@st.composite
-def batches(draw: st.DrawFn, max_len: int = 4) -> Batch:
-    """Ragged groups whose members are interleaved, with arbitrary ids and few distinct rewards."""
-    groups = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
-    owners = draw(st.permutations([g for g, members in enumerate(groups) for _ in range(members)]))
-    group_ids = draw(
-        st.lists(
-            st.integers(-(2**62), 2**62), min_size=len(groups), max_size=len(groups), unique=True
-        )
-    )
-    ids = draw(
-        st.lists(st.integers(-50, 50), min_size=len(owners), max_size=len(owners), unique=True)
-    )
-    batch = Batch([], [], [], [], [])
-    for trajectory, owner in zip(ids, owners, strict=True):
-        outcome = draw(st.sampled_from([0.0, 1.0]))
-        for _ in range(draw(st.integers(1, max_len))):
-            batch.rewards.append(draw(st.sampled_from([-0.5, 0.0, 0.25, 1.0])))
-            batch.trajectory.append(trajectory)
-            batch.group.append(group_ids[owner])
-            batch.outcome.append(outcome)
-            batch.anchor.append(draw(st.integers(-1, 2)))
-    return batch
-
-
-def assert_near(got: Tensor, expected: Any, atol: float = 1e-5) -> None:
-    expected = torch.as_tensor(expected, dtype=got.dtype)
-    torch.testing.assert_close(got, expected, rtol=0, atol=atol)
-
+from tests.ops.turn_batches import (
+    HAND,
+    Batch,
+    assert_near,
+    batches,
+    each_variant,
+    name_of,
+    solved,
+)
 
 # --- the golden table -------------------------------------------------------------------------
-
-
-def solved(correct: int, members: int = 8, turns: int = 4) -> Batch:
-    rewards = [[0.0] * (turns - 1) + [float(m < correct)] for m in range(members)]
-    flat = [r for member in rewards for r in member]
-    owner = [m for m in range(members) for _ in range(turns)]
-    outcome = [float(m < correct) for m in owner]
-    return Batch(flat, owner, [5] * len(flat), outcome, [0] * len(flat))
 
 
 GOLDEN = [
@@ -148,18 +61,8 @@ def test_golden_table(correct: int, winner: list[float], loser: float | None) ->
     assert_near(credit.scale, [std + 1e-6] * 32)
 
 
-# --- by hand, one small example for all --------------------------------------------------------
-# Group 1: trajectory 10 = rewards [0, 1], trajectory 11 = [0.5], trajectory 12 = [0, 0];
-# group 2: trajectory 20 = [1] alone.  gamma 0.5: returns 0.5 1 | 0.5 | 0 0 | 1, sums 1 .5 0 | 1.
-# Outcomes 1 0 0 | 1.  Anchors: the first turns of 10, 11 and 12 share one state.
+# --- by hand ------------------------------------------------------------------------------------
 
-HAND = Batch(
-    [0, 1, 0.5, 0, 0, 1],
-    [10, 10, 11, 12, 12, 20],
-    [1, 1, 1, 1, 1, 2],
-    [1, 1, 0, 0, 0, 1],
-    [7, 8, 7, 7, 9, 7],
-)
 S6 = 1 / 6**0.5  # std of sums 1, .5, 0 (variance 1/6) is S6
 HAND_VALUES: list[tuple[dict[str, Any], list[float]]] = [
     ({"normalize": "none", "gamma": 0.5}, [0.5, 1, 0.5, 0, 0, 1]),
@@ -174,6 +77,11 @@ HAND_VALUES: list[tuple[dict[str, Any], list[float]]] = [
         {"normalize": "group", "gamma": 0.5, "use_std": False, "weight_trajectories": True},
         [0.5 - 1.25 / 3, 1 - 1.25 / 3, 0.5 - 1.25 / 3, -1.25 / 3, -1.25 / 3, 0],
     ),
+    # in twelfths: returns 6 12 | 6 | 0 0, mean 5, variance (1/2 + 49/2 + 1 + 25/2 + 25/2) / 3 = 17
+    (
+        {"normalize": "group", "gamma": 0.5, "weight_trajectories": True},
+        [1 / 17**0.5, 7 / 17**0.5, 1 / 17**0.5, -5 / 17**0.5, -5 / 17**0.5, 0],
+    ),
     # turn 1: .5 .5 0 (mean 1/3); turn 2: 1 0 (mean .5)
     (
         {"normalize": "turn_index", "gamma": 0.5, "use_std": False},
@@ -181,7 +89,26 @@ HAND_VALUES: list[tuple[dict[str, Any], list[float]]] = [
     ),
     ({"normalize": "turn_index", "gamma": 0.5}, [0.5**0.5, 1, 0.5**0.5, -(2**0.5), -1, 0]),
     ({"normalize": "batch", "gamma": 0.5, "use_std": False}, [0, 0.5, 0, -0.5, -0.5, 0.5]),
+    # six rows, mean .5, variance 4 * .25 / 6
+    (
+        {"normalize": "batch", "gamma": 0.5},
+        [0, 1.5**0.5, 0, -(1.5**0.5), -(1.5**0.5), 1.5**0.5],
+    ),
+    # in sixteenths: returns 8 16 | 8 | 0 0 | 16, mean (12 + 8 + 0 + 16) / 4 = 9,
+    # variance (1/2 + 49/2 + 1 + 81/2 + 81/2 + 49) / 4 = 39
+    (
+        {"normalize": "batch", "gamma": 0.5, "weight_trajectories": True},
+        [-1 / 39**0.5, 7 / 39**0.5, -1 / 39**0.5, -9 / 39**0.5, -9 / 39**0.5, 7 / 39**0.5],
+    ),
+    (
+        {"normalize": "batch", "gamma": 0.5, "weight_trajectories": True, "use_std": False},
+        [-1 / 16, 7 / 16, -1 / 16, -9 / 16, -9 / 16, 7 / 16],
+    ),
     # first returns .5 .5 0: mean 1/3, std sqrt(1/18)
+    (
+        {"normalize": "first_return", "gamma": 0.5, "use_std": False},
+        [1 / 6, 2 / 3, 1 / 6, -1 / 3, -1 / 3, 0],
+    ),
     (
         {"normalize": "first_return", "gamma": 0.5},
         [0.5**0.5, 8**0.5, 0.5**0.5, -(2**0.5), -(2**0.5), 0],
@@ -208,10 +135,19 @@ HAND_VALUES: list[tuple[dict[str, Any], list[float]]] = [
         {"estimator": "mt_grpo"},
         [2**0.5 - 0.5**0.5, 2**0.5, -(0.5**0.5), -(2**0.5), -(0.5**0.5), 0],
     ),
+    (
+        {"estimator": "mt_grpo", "lambda_": 0.5},
+        [2**0.5 - 0.5**1.5, 2**0.5, -(0.5**0.5), -(0.5**0.5) - 0.5**1.5, -(0.5**0.5), 0],
+    ),
     # state 7 in group 1: returns .5 .5 0, mean 1/3
     (
         {"estimator": "gigpo", "gamma": 0.5},
         [0.5 / S6 + 1 / 6, 0.5 / S6, 1 / 6, -0.5 / S6 - 1 / 3, -0.5 / S6, 0],
+    ),
+    # std sqrt(1/18): sqrt(.5) sqrt(.5) -sqrt(2)
+    (
+        {"estimator": "gigpo", "gamma": 0.5, "use_std": True, "omega": 0.5},
+        [0.5 / S6 + 0.5**1.5, 0.5 / S6, 0.5**1.5, -0.5 / S6 - 0.5**0.5, -0.5 / S6, 0],
     ),
 ]
 
@@ -255,18 +191,6 @@ def test_equals_reference(variant: dict[str, Any], batch: Batch, gamma: float) -
 
 
 @each_variant
-@settings(max_examples=10, deadline=None)
-@given(batch=batches(), data=st.data())
-def test_order_of_groups_and_members_does_not_matter(
-    variant: dict[str, Any], batch: Batch, data: st.DataObject
-) -> None:
-    order = data.draw(st.permutations(sorted(set(batch.trajectory))))
-    keep = [i for t in order for i, owner in enumerate(batch.trajectory) if owner == t]
-    got = batch.rows(keep).credit(**variant).advantages
-    assert_near(got, batch.credit(**variant).advantages[keep], atol=1e-9)
-
-
-@each_variant
 def test_float32_in_float32_out(variant: dict[str, Any]) -> None:
     low, high = HAND.credit(torch.float32, **variant), HAND.credit(torch.float64, **variant)
     for name in ("returns", "baseline", "scale", "advantages"):
@@ -290,114 +214,6 @@ def test_no_rows(variant: dict[str, Any]) -> None:
     for name in ("returns", "baseline", "scale", "advantages"):
         assert getattr(credit, name).shape == (0,)
         assert getattr(credit, name).dtype == torch.float32
-
-
-# --- what must and must not matter ---------------------------------------------------------------
-
-
-@settings(max_examples=30, deadline=None)
-@given(batch=batches(max_len=1))
-def test_single_turns_make_gtpo_grpo(batch: Batch) -> None:
-    expected = batch.credit(estimator="grpo_sum").advantages
-    for mode in ("group", "turn_index", "first_return"):
-        assert_near(batch.credit(normalize=mode).advantages, expected, atol=1e-9)
-    rloo = batch.credit(estimator="rloo").advantages
-    assert_near(batch.credit(normalize="leave_one_out").advantages, rloo, atol=1e-9)
-
-
-@settings(max_examples=30, deadline=None)
-@given(batch=batches())
-def test_gamma_zero_normalises_the_rewards_themselves(batch: Batch) -> None:
-    credit = batch.credit(gamma=0.0)
-    assert credit.returns.tolist() == batch.rewards
-    every_turn_alone = Batch(
-        batch.rewards, list(range(len(batch.rewards))), batch.group, batch.outcome, batch.anchor
-    )
-    expected = every_turn_alone.credit(gamma=0.9).advantages
-    assert_near(credit.advantages, expected, atol=1e-9)
-
-
-def without_std(variant: dict[str, Any]) -> bool:
-    return (
-        variant["estimator"] in ("dr_grpo", "rloo")
-        or variant.get("normalize") in ("leave_one_out", "none")
-        or variant.get("use_std") is False
-    )
-
-
-@pytest.mark.parametrize(
-    "variant", [v for v in VARIANTS if v != {"estimator": "gigpo"}], ids=name_of
-)
-@settings(max_examples=15, deadline=None)
-@given(batch=batches())
-def test_scale_of_rewards(variant: dict[str, Any], batch: Batch) -> None:
-    """Without a std the advantages scale with the rewards; with one they do not notice."""
-    tripled = Batch(
-        [3 * r for r in batch.rewards], batch.trajectory, batch.group, batch.outcome, batch.anchor
-    )
-    before, after = batch.credit(**variant).advantages, tripled.credit(**variant).advantages
-    assert_near(after, before * (3 if without_std(variant) else 1), atol=1e-3)
-
-
-@pytest.mark.parametrize("normalize", ["group", "turn_index", "batch", "first_return"])
-@settings(max_examples=15, deadline=None)
-@given(batch=batches(max_len=1), shift=st.floats(-5, 5))
-def test_shift_of_single_turn_rewards(normalize: str, batch: Batch, shift: float) -> None:
-    moved = Batch(
-        [r + shift for r in batch.rewards],
-        batch.trajectory,
-        batch.group,
-        batch.outcome,
-        batch.anchor,
-    )
-    got = moved.credit(normalize=normalize).advantages
-    assert_near(got, batch.credit(normalize=normalize).advantages, atol=1e-6)
-
-
-def test_shift_does_matter_over_several_turns() -> None:
-    shifted = Batch([1, 2, 1.5, 1, 1, 2], HAND.trajectory, HAND.group, HAND.outcome, HAND.anchor)
-    change = shifted.credit().advantages - HAND.credit().advantages
-    assert change.abs().max() > 0.1  # a constant bonus per turn pays for more turns
-
-
-@pytest.mark.parametrize("estimator", [e for e in reference.ESTIMATORS if e != "gtpo"])
-def test_one_member_or_equal_members_give_zero(estimator: str) -> None:
-    alone = Batch([0.1, 0.7], [0, 0], [0, 0], [0.3, 0.3], [1, 2])
-    equal = Batch([0.1, 0.7] * 3, [0, 0, 1, 1, 2, 2], [0] * 6, [0.3] * 6, [1, 2] * 3)
-    for batch in (alone, equal):
-        assert batch.credit(estimator=estimator).advantages.abs().max() == 0.0
-
-
-@pytest.mark.parametrize("normalize", ["turn_index", "leave_one_out", "first_return"])
-def test_gtpo_with_one_member(normalize: str) -> None:
-    advantages = Batch([0.7], [0], [0], [0], [0]).credit(normalize=normalize).advantages
-    assert advantages.tolist() == [0.0]
-    longer = Batch([0.1, 0.7], [0, 0], [0, 0], [0, 0], [0, 0]).credit(normalize=normalize)
-    assert longer.advantages.tolist() == [0.0, 0.0]
-
-
-def test_spread_below_the_threshold_is_none() -> None:
-    rows = torch.arange(2)
-    below = torch.tensor([0.5, 0.5 + 1.9e-6], dtype=torch.float64)
-    above = torch.tensor([0.5, 0.5 + 2.1e-6], dtype=torch.float64)
-    group = torch.zeros(2, dtype=torch.long)
-    assert turn_advantages(below, rows, group).tolist() == [0.0, 0.0]
-    assert_near(turn_advantages(above, rows, group), [-1.05 / 2.05, 1.05 / 2.05])
-
-
-def test_documented_consequences() -> None:
-    # a solved group prefers fewer turns
-    short_and_long = Batch([1, 0, 0, 1], [0, 1, 1, 1], [0] * 4, [1] * 4, [0] * 4)
-    advantages = short_and_long.credit().advantages
-    assert advantages[0] > 0 > advantages[1]
-    # a format penalty gives an all-failed group a gradient where GRPO on the outcome has none
-    penalised = Batch([-0.1, 0, 0, 0], [0, 0, 1, 1], [0] * 4, [0] * 4, [0] * 4)
-    assert penalised.credit().advantages[0] < 0
-    assert penalised.credit(estimator="grpo").advantages.abs().max() == 0
-    # shaping makes late turns of a wrong trajectory look better than its early ones
-    shaped = Batch([0, 0, 0.4, 0, 0, 1], [0, 0, 0, 1, 1, 1], [0] * 6, [0] * 6, [0] * 6)
-    wrong = shaped.credit().advantages[:3]
-    assert wrong[0] < wrong[1] < wrong[2]
 
 
 # --- learners ----------------------------------------------------------------------------------
