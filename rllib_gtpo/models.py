@@ -119,7 +119,7 @@ def load_model(
         raise ConfigError(f"dtype={dtype!r}: use one of {', '.join(_DTYPES)}.")
     if isinstance(source, Mapping):
         return _from_scratch(dict(source), _DTYPES[dtype], seed or 0, tokenizer)
-    model = _from_pretrained("AutoModelForCausalLM", str(source), dtype=_DTYPES[dtype])
+    model = from_pretrained("AutoModelForCausalLM", str(source), dtype=_DTYPES[dtype])
     if tokenizer is not None:
         _check_vocabulary(_tokenizer(tokenizer), int(model.get_input_embeddings().weight.shape[0]))
     return model
@@ -154,7 +154,7 @@ def _tokenizer(source: Any) -> Any:
     if isinstance(source, Mapping):
         return build_tokenizer()
     if isinstance(source, (str, Path)):
-        return _from_pretrained("AutoTokenizer", str(source))
+        return from_pretrained("AutoTokenizer", str(source))
     return source
 
 
@@ -166,7 +166,8 @@ def _check_vocabulary(tokenizer: Any, rows: int) -> None:
         )
 
 
-def _from_pretrained(auto_class: str, source: str, **options: Any) -> Any:
+def from_pretrained(auto_class: str, source: str, **options: Any) -> Any:
+    """What a class of transformers loads from a directory or hub id; ConfigError if it cannot."""
     import transformers
 
     looks_local = source.startswith((".", "/", "~")) or Path(source).exists()
