@@ -27,17 +27,20 @@ from rllib_gtpo.cold_start import (
 )
 from rllib_gtpo.config import GRPOConfig, GTPOConfig
 from rllib_gtpo.env_runner import GroupJob
-from rllib_gtpo.episodes import groups_of
-from rllib_gtpo.errors import DataError, Interrupted
+from rllib_gtpo.episodes import trajectory_of
+from rllib_gtpo.errors import Interrupted
 from rllib_gtpo.metrics import rollout_metrics
 from rllib_gtpo.packing import shard_groups
 from rllib_gtpo.progress import Progress
-from rllib_gtpo.sampling import Sampled, refuse_broken_environment, sample_groups
+from rllib_gtpo.sampling import Sampled, Step, sample_groups, sample_step
 from rllib_gtpo.text_env import as_tool_env
-from rllib_gtpo.types import Group
 
-_MAX_SKIPPED_FRAC = 10  # give up after this many times the wanted groups could not be used
 _STATE = "gtpo"
+_PHASES = ("rollout", "update", "sync")
+_LEARNER_METRICS = (
+    *("loss", "policy", "mismatch", "clip", "ratio", "grad"),
+    *("group", "advantage", "shaping", "overlong", "time"),
+)
 
 
 @dataclass
@@ -70,6 +73,7 @@ class GTPO(Algorithm):
         self.progress_made = ProgressMade()
         self._demonstrations: Demonstrations | None = None
         self._stop_requested = False
+        self._credit_rule = config.build_credit_rule()
         self._evaluated: tuple[tuple[int, int], float] | None = None  # training done, accuracy
         super().setup(config)
 
@@ -94,17 +98,25 @@ class GTPO(Algorithm):
         """Sample groups, update the learners, sync the weights."""
         self.run_cold_start_once()
         began = time.perf_counter()
-        groups, episodes = self._sample_groups()
+        step = self._sample_step()
         sampled = time.perf_counter()
-        self._update_learners(episodes, groups)
+        self._update_learners(step)
         updated = time.perf_counter()
         self.sync_weights()
         synced = time.perf_counter()
-        tokens = sum(t.num_trained_tokens for g in groups for t in g.trajectories)
+        trajectories = [t for g in step.groups for t in g.trajectories] + step.discarded
+        tokens = sum(t.num_trained_tokens for t in trajectories)
         self.progress_made.tokens_lifetime += tokens
         self.log_metrics(
             {
-                **rollout_metrics(groups),
+                **rollout_metrics(step.groups, step.discarded),
+                "group/kept": float(len(step.kept)),
+                "group/resampled": float(step.resampled),
+                "group/budget_exhausted": float(len(step.kept) < self.config.groups_per_step),
+                "group/skipped": float(len(step.skipped)),
+                "group/incomplete": float(len(step.incomplete)),
+                "group/lost_and_resampled": float(step.lost_groups),
+                "trajectory/discarded": float(len(step.discarded)),
                 "time/rollout_s": sampled - began,
                 "time/update_s": updated - sampled,
                 "time/sync_s": synced - updated,
@@ -115,31 +127,17 @@ class GTPO(Algorithm):
             }
         )
 
-    def _sample_groups(self) -> tuple[list[Group], list[Any]]:
-        """The next `groups_per_step` usable groups; unusable tasks are replaced by the next
-        ones."""
+    def _sample_step(self) -> Step:
+        """The next `groups_per_step` usable groups, and more if some are not to be trained on."""
         wanted = self.config.groups_per_step
-        episodes: list[Any] = []
-        skipped: dict[int, str] = {}
-        lost = 0
-        found = 0
-        with Progress(
-            "rollouts", wanted * self.config.group_size, enabled=self.config.progress
-        ) as bar:
-            while found < wanted:
-                sampled = self._sample_next(wanted - found, bar)
-                episodes += sampled.episodes
-                found = len(episodes) // self.config.group_size
-                skipped.update(sampled.skipped)
-                lost += sampled.lost_groups
-                if len(skipped) > _MAX_SKIPPED_FRAC * wanted:
-                    raise DataError(f"no usable tasks; the last: {list(skipped.values())[-1]}")
-        groups = groups_of(episodes)
-        refuse_broken_environment(groups)
-        self.log_metrics(
-            {"group/skipped": float(len(skipped)), "group/lost_and_resampled": float(lost)}
-        )
-        return groups, episodes
+        total = wanted * self.config.group_size
+        with Progress("rollouts", total, enabled=self.config.progress) as bar:
+            return sample_step(
+                lambda count: self._sample_next(count, bar),
+                wanted=wanted,
+                budget=self.config.resample_groups,
+                keeps=self._credit_rule.keeps,
+            )
 
     def _sample_next(self, count: int, bar: Progress) -> Sampled:
         first = self.progress_made.next_position
@@ -157,40 +155,46 @@ class GTPO(Algorithm):
         self.metrics.aggregate(sampled.runner_metrics, key=ENV_RUNNER_RESULTS)
         return sampled
 
-    def _update_learners(self, episodes: list[Any], groups: list[Group]) -> None:
+    def _update_learners(self, step: Step) -> None:
         """Whole groups to each learner, balanced by tokens."""
         timesteps = {
             NUM_ENV_STEPS_SAMPLED_LIFETIME: self.metrics.peek(
                 (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0
             )
         }
-        steps = self.config.epochs * self.config.mini_batches
-        with Progress("update", steps, enabled=self.config.progress) as bar:
+        updates = self.config.epochs * self.config.mini_batches
+        with Progress("update", updates, enabled=self.config.progress) as bar:
             if self.learner_group.is_local:
-                data = TrainingData(episodes=episodes)
+                data = TrainingData(episodes=step.episodes)
                 results = self.learner_group.update(
                     training_data=data, timesteps=timesteps, on_step=lambda done, total: bar.step()
                 )
             else:
-                refs = [ray.put(shard) for shard in self._shards(episodes, groups)]
+                refs = [ray.put(shard) for shard in self._shards(step)]
                 results = self.learner_group.update(episodes_refs=refs, timesteps=timesteps)
-                bar.step(steps)
+                bar.step(updates)
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
         self._log_learner_metrics()
 
-    def _shards(self, episodes: list[Any], groups: list[Group]) -> list[list[Any]]:
+    def _shards(self, step: Step) -> list[list[Any]]:
+        """Balanced by the tokens that are trained on; no learner is left without a group."""
         by_group: dict[int, list[Any]] = {}
-        for group, episode in zip(
-            (g.id for g in groups for _ in g.trajectories), episodes, strict=True
-        ):
-            by_group.setdefault(group, []).append(episode)
-        shards = shard_groups(groups, self.config.num_learners)
-        return [[e for group in shard for e in by_group[group.id]] for shard in shards]
+        for episode in step.episodes:
+            by_group.setdefault(trajectory_of(episode).group_id, []).append(episode)
+        learners = self.config.num_learners
+        kept = {g.id for g in step.kept}
+        dropped = [g for g in step.groups if g.id not in kept]
+        shards = zip(
+            shard_groups(step.kept, learners),
+            reversed(shard_groups(dropped, learners)),
+            strict=True,
+        )
+        return [[e for group in (*k, *d) for e in by_group[group.id]] for k, d in shards]
 
     def _log_learner_metrics(self) -> None:
         """The learners' own numbers under names of their own, beside RLlib's nested ones."""
         report = self.metrics.peek((LEARNER_RESULTS, DEFAULT_MODULE_ID), default={})
-        for name in ("loss", "policy", "mismatch", "clip", "ratio", "grad", "group", "advantage"):
+        for name in _LEARNER_METRICS:
             if name in report:
                 for path, value in _leaves(report[name], (name,)):
                     self.metrics.log_value(path, value, window=1)
@@ -305,11 +309,7 @@ class GTPO(Algorithm):
     def summary_line(result: dict[str, Any]) -> str:
         """One line an iteration."""
         rewards = " ".join(f"{k} {v:+.3f}" for k, v in result.get("reward", {}).items())
-        times = " ".join(
-            f"{k.removesuffix('_s')} {v:.1f}s"
-            for k, v in result["time"].items()
-            if k.endswith("_s")
-        )
+        times = " ".join(f"{k} {result['time'][f'{k}_s']:.1f}s" for k in _PHASES)
         line = (
             f"iter {result['training_iteration']:3d}  acc {result['accuracy']:.3f}  reward: "
             f"{rewards}  "

@@ -28,6 +28,8 @@ _SHAPING_DEFAULTS = {
     "embedder": "python_tokens",
     "on_embedder_failure": "stop",
 }
+_OVERLONG = ("keep", "mask", "penalty")
+_OVERLONG_DEFAULTS = {"overlong_penalty": 1.0, "overlong_buffer": None}
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -37,6 +39,7 @@ def check(config: GTPOConfig) -> None:
     _sampling(config)
     _model(config)
     _shaping(config)
+    _groups(config)
     _evaluation(config)
     _without_effect(config)
     config.build_objective()
@@ -132,6 +135,47 @@ def _shaping(config: GTPOConfig) -> None:
         )
     else:
         build_embedder(config.embedder)
+
+
+def _groups(config: GTPOConfig) -> None:
+    """Which groups and tokens are trained on."""
+    if not isinstance(config.resample_groups, int) or config.resample_groups < 0:
+        raise ConfigError(
+            f"resample_groups={config.resample_groups!r}: must be a whole number of at least 0."
+        )
+    if config.resample_groups and config.uniform_groups == "keep":
+        raise ConfigError(
+            f"resample_groups={config.resample_groups} has no effect with uniform_groups='keep', "
+            "which drops no group: use 'drop' or 'drop_solved', or leave it out."
+        )
+    if config.overlong not in _OVERLONG:
+        raise ConfigError(_one_of("overlong", config.overlong, _OVERLONG))
+    if config.overlong != "penalty":
+        for name, default in _OVERLONG_DEFAULTS.items():
+            if getattr(config, name) != default:
+                raise ConfigError(f"{name} has no effect unless overlong='penalty'; leave it out.")
+        return
+    if config.max_tokens is None:
+        raise ConfigError(
+            "overlong='penalty' has no effect without rollouts(max_tokens=...), the length that it "
+            "grows up to: set that, or use overlong='mask'."
+        )
+    if config.estimator in _OUTCOME_ONLY:
+        raise ConfigError(
+            f"overlong='penalty' has no effect with estimator={config.estimator!r}, which takes "
+            "the outcome and not the turns' rewards: use overlong='mask', or estimator='grpo_sum'."
+        )
+    if config.overlong_penalty <= 0.0:
+        raise ConfigError(
+            f"overlong_penalty={config.overlong_penalty}: give the size of the penalty, above 0."
+        )
+    if config.overlong_buffer is not None:
+        _positive("overlong_buffer", config.overlong_buffer)
+        if config.overlong_buffer > config.max_tokens:
+            raise ConfigError(
+                f"overlong_buffer={config.overlong_buffer} is more than "
+                f"max_tokens={config.max_tokens}: every trajectory would be punished."
+            )
 
 
 def _model(config: GTPOConfig) -> None:

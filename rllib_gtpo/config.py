@@ -15,6 +15,7 @@ from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.models import TINY_QWEN2, load_tokenizer
 from rllib_gtpo.ops.losses import Objective
 from rllib_gtpo.rewards.embedders import build_embedder
+from rllib_gtpo.rewards.overlong import OverlongPenalty
 from rllib_gtpo.rewards.rubric import Rubric
 from rllib_gtpo.rewards.shaping import Shaping
 
@@ -68,6 +69,10 @@ class GTPOConfig(AlgorithmConfig):
         self.estimator = self.ESTIMATOR
         self.estimator_options: dict[str, Any] = {}
         self.uniform_groups = "keep"
+        self.resample_groups = 0
+        self.overlong = "keep"
+        self.overlong_penalty = 1.0
+        self.overlong_buffer: int | None = None
         for name in _objective_names():
             setattr(self, name, getattr(Objective(), name))
         self.mini_batches = 1
@@ -196,6 +201,10 @@ class GTPOConfig(AlgorithmConfig):
         estimator: str = NotProvided,
         estimator_options: dict[str, Any] = NotProvided,
         uniform_groups: str = NotProvided,
+        resample_groups: int = NotProvided,
+        overlong: str = NotProvided,
+        overlong_penalty: float = NotProvided,
+        overlong_buffer: int | None = NotProvided,
         clip_low: float = NotProvided,
         clip_high: float = NotProvided,
         dual_clip: float | None = NotProvided,
@@ -220,7 +229,15 @@ class GTPOConfig(AlgorithmConfig):
             groups_per_step: Prompts of one iteration.
             estimator: Who gets credit: "gtpo", "grpo", "grpo_sum", ... (rllib_gtpo.ops.advantages).
             estimator_options: Its options, e.g. {"normalize": "group"}.
-            uniform_groups: "keep" all groups, "drop_solved" ones, or "drop" all without a contrast.
+            uniform_groups: "keep" all groups, "drop_solved" ones, or "drop" also those whose
+                members cannot be told apart; see rllib_gtpo.connectors.learner.CreditRule.keeps.
+            resample_groups: Most groups that a step samples in place of dropped ones.
+            overlong: Trajectories that max_tokens or max_turn_tokens cut off: "keep" them like any
+                other; "mask" their tokens in the loss, while their group is still compared with
+                them (DAPO's overlong filtering); or "penalty": DAPO's soft punishment of long ones
+                before they reach max_tokens, as the reward component "overlong".
+            overlong_penalty: What reaching max_tokens costs.
+            overlong_buffer: How many tokens before max_tokens the penalty starts; None: a fifth.
             clip_low, clip_high, dual_clip, kl_coeff, kl_estimator, aggregation, constant,
                 ratio_level, importance_sampling, importance_cap, entropy_coeff: See
                 rllib_gtpo.ops.losses.Objective.
@@ -371,6 +388,21 @@ class GTPOConfig(AlgorithmConfig):
             self.on_embedder_failure,
         )
 
+    def build_overlong_penalty(self, max_context: int) -> OverlongPenalty | None:
+        """The punishment of long trajectories, if it is on; `max_context`: where they are cut."""
+        if self.overlong != "penalty":
+            return None
+        buffer = self.overlong_buffer or max(1, max_context // 5)
+        return OverlongPenalty(max_context, buffer, self.overlong_penalty)
+
+    def build_credit_rule(self) -> Any:
+        """The rllib_gtpo.connectors.learner.CreditRule of these settings."""
+        from rllib_gtpo.connectors.learner import CreditRule
+
+        return CreditRule(
+            self.estimator, self.gamma, self.estimator_options, self.uniform_groups, self.overlong
+        )
+
     def build_objective(self) -> Objective:
         """The loss."""
         return Objective(**{name: getattr(self, name) for name in _objective_names()})
@@ -441,16 +473,9 @@ class GTPOConfig(AlgorithmConfig):
         pipeline = super().build_learner_connector(
             input_observation_space, input_action_space, device=device
         )
-        pipeline.append(
-            GroupTurnAdvantages(
-                estimator=self.estimator,
-                gamma=self.gamma,
-                options=self.estimator_options,
-                uniform_groups=self.uniform_groups,
-                device=device,
-            )
-        )
-        pipeline.append(TokenSequences())
+        rule = self.build_credit_rule()
+        pipeline.append(GroupTurnAdvantages(rule=rule, device=device))
+        pipeline.append(TokenSequences(rule=rule))
         return pipeline
 
     # Validation.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,14 +36,15 @@ from ray.rllib.utils.metrics import (
 from rllib_gtpo.aio import run_coroutine
 from rllib_gtpo.engines.base import SamplingParams
 from rllib_gtpo.engines.hf import HFEngine
-from rllib_gtpo.env import ChatSpace, ToolEnv
+from rllib_gtpo.env import ChatSpace, ToolEnv, task_id
 from rllib_gtpo.episodes import attach_trajectory, group_trajectories
 from rllib_gtpo.errors import ConfigError, DataError, EnvironmentFault, GTPOError
 from rllib_gtpo.rollout import Rollout
 from rllib_gtpo.shuffling import EndlessOrder
 from rllib_gtpo.text_env import as_tool_env
-from rllib_gtpo.types import Task
+from rllib_gtpo.types import Task, Trajectory
 
+ATTEMPTS = 3  # to roll out a member whose environment breaks
 UNSHAPED_GROUPS = "unshaped_groups"  # those whose texts could not be embedded
 
 
@@ -61,10 +63,17 @@ class GroupJob:
 
 @dataclass
 class Rollouts:
-    """What a runner gives back: finished episodes, and positions whose task could not be used."""
+    """What a runner gives back: the episodes of complete groups, and what became of the others.
+
+    skipped: Position -> why its task cannot be rolled out at all.
+    incomplete: Position -> what broke the environment of members, again and again.
+    discarded: Rollouts that broke and were rolled out again, and those of incomplete groups.
+    """
 
     episodes: list[SingleAgentEpisode] = field(default_factory=list)
-    skipped: dict[int, str] = field(default_factory=dict)  # position -> reason
+    skipped: dict[int, str] = field(default_factory=dict)
+    incomplete: dict[int, str] = field(default_factory=dict)
+    discarded: list[Trajectory] = field(default_factory=list)
     failure: Exception | None = None  # what went wrong, if the runner itself could not go on
 
 
@@ -89,6 +98,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
             max_context=min(self.config.max_tokens or 2**31, self.module.max_context),
             **self.config.engine_config,
         )
+        self._overlong_penalty = self.config.build_overlong_penalty(self.engine.max_context)
         self._env_to_module = self.config.build_env_to_module_connector(
             env=self.env, spaces=self.get_spaces(), device=self._device, codec=self.codec
         )
@@ -115,16 +125,26 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
     def sample_groups(
         self, jobs: Sequence[GroupJob], on_trajectory: Callable[[], None] | None = None
     ) -> Rollouts:
-        """Rolls out the groups; returns when the last one is finished and scored."""
+        """Rolls out the groups; returns when the last one is finished and scored.
+
+        A member whose environment broke is rolled out again, unless most of its group broke.  A
+        training group that is still broken is left out: its members would be compared with
+        failures that are not the policy's.  In an evaluation they count as failed.
+        """
         out = Rollouts()
         rollouts = [r for job in jobs for r in self._open_group(job, out)]
         run = self._run_in_step if self.config.deterministic else self._run_freely
         try:
             run_coroutine(run(rollouts, on_trajectory or (lambda: None)))
+            for attempt in range(1, ATTEMPTS):
+                again = self._reopen_broken(rollouts, attempt, out)
+                run_coroutine(run(again, lambda: None))
         except BaseException:
             for rollout in rollouts:
                 rollout.close()
             raise
+        if not self.config.in_evaluation:
+            rollouts = self._complete(rollouts, out)
         out.episodes = self._finish(rollouts)
         self._log(out.episodes)
         return out
@@ -186,6 +206,30 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
             rollout.open()
         return members
 
+    def _reopen_broken(self, rollouts: list[Rollout], attempt: int, out: Rollouts) -> list[Rollout]:
+        """Puts new rollouts in the place of broken ones, where most of the group is sound."""
+        broken = Counter(r.trajectory.group_id for r in rollouts if r.trajectory.broken)
+        sound = Counter(r.trajectory.group_id for r in rollouts if not r.trajectory.broken)
+        again = []
+        for index, old in enumerate(rollouts):
+            group = old.trajectory.group_id
+            if old.trajectory.broken and broken[group] <= sound[group]:
+                out.discarded.append(old.trajectory)
+                rollouts[index] = old.again(self._new_env(), attempt)
+                rollouts[index].open()
+                again.append(rollouts[index])
+        return again
+
+    def _complete(self, rollouts: list[Rollout], out: Rollouts) -> list[Rollout]:
+        """The rollouts of groups without a broken member."""
+        for t in (r.trajectory for r in rollouts):
+            if t.broken:
+                reason = f"task {task_id(t.task)}: member {t.member} ended in {t.stop_reason}"
+                out.incomplete.setdefault(t.group_id, f"{reason}: {t.error}")
+        incomplete = [r for r in rollouts if r.trajectory.group_id in out.incomplete]
+        out.discarded += [r.trajectory for r in incomplete]
+        return [r for r in rollouts if r.trajectory.group_id not in out.incomplete]
+
     async def _run_freely(self, rollouts: list[Rollout], finished: Callable[[], None]) -> None:
         """Each trajectory for itself: a slow tool or a long answer holds up nobody else."""
         slots = asyncio.Semaphore(self.config.max_concurrency)
@@ -223,6 +267,9 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
     def _finish(self, rollouts: list[Rollout]) -> list[SingleAgentEpisode]:
         """Scores whole groups; from here on rewards are final."""
         groups = group_trajectories([r.trajectory for r in rollouts])
+        if self._overlong_penalty is not None:
+            for rollout in rollouts:
+                self._overlong_penalty.score(rollout.trajectory)
         for group in groups:
             self.env.rubric.score_group(self.env, group)
         if self._shaping is not None:

@@ -43,7 +43,7 @@ def evaluate_split(algorithm: Any, runners: Any) -> tuple[dict[str, Any], int, i
             f"evaluation has no usable task: {next(iter(sampled.skipped.values()), '')}"
         )
     groups = groups_of(sampled.episodes)
-    refuse_broken_environment(groups)
+    refuse_broken_environment(groups, sampled.discarded)
     metrics = rollout_metrics(groups)
     logger = MetricsLogger(root=False)
     for name, value in metrics.items():

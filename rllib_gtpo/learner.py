@@ -24,9 +24,17 @@ from ray.rllib.utils.metrics import NUM_TRAINABLE_PARAMETERS
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rllib_gtpo.connectors.learner import CREDIT, DROPPED, GROUPS, SEQUENCES, TRAJECTORIES
+from rllib_gtpo.connectors.learner import (
+    CREDIT,
+    CREDIT_S,
+    DIAGNOSTICS,
+    GROUPS,
+    SEQUENCES,
+    TRAJECTORIES,
+)
 from rllib_gtpo.errors import GTPOError
 from rllib_gtpo.ops.advantages import TurnCredit
+from rllib_gtpo.ops.diagnostics import finish_diagnostics
 from rllib_gtpo.ops.losses import (
     Objective,
     finish_metrics,
@@ -68,6 +76,9 @@ class GTPOLearner(TorchLearner):
         super().__init__(**kwargs)
         self.last_batch: TrainedBatch | None = None
         self._bad_steps = 0
+        self._step_metrics: tuple[str, ...] = (
+            _NOTHING_TRAINED  # their names stay when there is nothing to train on
+        )
         self._reference: Any = None
         self._objective: Objective = self.config.build_objective()
 
@@ -169,26 +180,18 @@ class GTPOLearner(TorchLearner):
         if self._objective.kl_coeff and self._reference is None:
             self._make_reference()
         progress = kwargs.get("on_step") or (lambda done, total: None)
-        self._log(self._credit_report(self.last_batch, batch[DROPPED]))
+        self._log(self._credit_report(batch))
         self._log(self._train_on(self.last_batch, batch[SEQUENCES], progress))
         self.after_gradient_based_update(timesteps=timesteps or {})
         return self.metrics.reduce()
 
-    def _credit_report(self, trained: TrainedBatch, dropped: int) -> dict[str, float]:
-        """How much signal the step has, over all learners."""
-        advantages = trained.credit.advantages
-        rows = [sum(len(t.turns) for t in g.trajectories) for g in trained.groups]
-        group = torch.repeat_interleave(torch.tensor(rows, dtype=torch.long)).to(advantages.device)
-        size = torch.zeros(len(rows), dtype=advantages.dtype, device=advantages.device)
-        silent = int((size.index_add(0, group, advantages.abs()) == 0).sum())
-        magnitude = float(advantages.abs().sum())
-        sums = [len(rows) + dropped, silent + dropped, dropped, len(advantages), magnitude]
-        totals = self._sum(torch.tensor(sums, dtype=torch.float64, device=self._device))
-        groups, silent_groups, dropped_groups, turns, total = totals.tolist()
+    def _credit_report(self, batch: dict[str, Any]) -> dict[str, float]:
+        """What the step's credit looks like, over all learners."""
+        sums = {name: self._sum(value) for name, value in batch[DIAGNOSTICS].items()}
+        seconds = torch.tensor(batch[CREDIT_S], dtype=torch.float64, device=self._device)
         return {
-            "group/zero_std_frac": silent_groups / max(groups, 1.0),
-            "group/dropped_frac": dropped_groups / max(groups, 1.0),
-            "advantage/abs_mean": total / max(turns, 1.0),
+            **finish_diagnostics(sums),
+            "time/credit_s": float(self._sum(seconds)) / self._world,
         }
 
     def _train_on(
@@ -202,7 +205,7 @@ class GTPOLearner(TorchLearner):
         anchors = self._logprobs_of(sequences) if steps > 1 else None
         reports = []
         for step in range(steps):
-            chosen = self._mini_batch(trained, step % self.config.mini_batches)
+            chosen = self._mini_batch(trained.groups, sequences, step % self.config.mini_batches)
             if self._max(len(chosen)):  # else there is nothing to train on at any learner
                 loss_fn = self._policy_loss(advantages, anchors, [sequences[i] for i in chosen])
                 reports.append(
@@ -210,24 +213,25 @@ class GTPOLearner(TorchLearner):
                 )
             on_step(step + 1, steps)
         if not reports:
-            return dict.fromkeys(_NOTHING_TRAINED, 0.0)
+            return dict.fromkeys(self._step_metrics, 0.0)
         report = {name: sum(r[name] for r in reports) / len(reports) for name in reports[0]}
         report["mismatch/kl"] = reports[0]["mismatch/kl"]  # before the first step of the update
+        self._step_metrics = tuple(report)
         return report
 
-    def _mini_batch(self, trained: TrainedBatch, part: int) -> list[int]:
-        """Indices of the trajectories (with turns) of every `mini_batches`-th group.
+    def _mini_batch(
+        self, groups: list[Group], sequences: list[TokenSequence], part: int
+    ) -> list[int]:
+        """Indices of the trajectories (with tokens to train) of every `mini_batches`-th group.
 
         A group's id says which, so that the parts are the same for any number of learners.
         """
-        chosen: list[int] = []
-        start = 0
-        for group in trained.groups:
-            members = enumerate(group.trajectories, start)
-            if group.id % self.config.mini_batches == part:
-                chosen += [index for index, trajectory in members if trajectory.turns]
-            start += len(group.trajectories)
-        return chosen
+        owners = [group.id for group in groups for _ in group.trajectories]
+        return [
+            index
+            for index, (owner, sequence) in enumerate(zip(owners, sequences, strict=True))
+            if owner % self.config.mini_batches == part and sequence.token_ids
+        ]
 
     def _policy_loss(
         self, advantages: Tensor, anchors: dict[int, Tensor] | None, sequences: list[TokenSequence]

@@ -9,11 +9,19 @@ from typing import Any
 from rllib_gtpo.types import Group, StopReason, ToolError, Trajectory
 
 
-def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def rollout_metrics(
+    groups: Sequence[Group], discarded: Sequence[Trajectory] = ()
+) -> dict[str, float]:
     """Exact means over all trajectories (or turns, or calls) of `groups`.
 
     reward/NAME is the mean over trajectories of the component's sum; tool/error_rate is per call,
     tool/invalid_rate per turn.
+
+    Args:
+        groups: All that were sampled, also those that are not trained on: without them, accuracy
+            would be that of the groups with a contrast.
+        discarded: Rollouts that count only in stop/REASON, as shares of everything rolled out: the
+            environment broke in them, or in a sibling.
     """
     trajectories = [t for g in groups for t in g.trajectories]
     turns = [turn for t in trajectories for turn in t.turns]
@@ -40,9 +48,10 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "group/solved_frac": _mean(all(t.correct for t in g.trajectories) for g in groups),
         "group/failed_frac": _mean(not any(t.correct for t in g.trajectories) for g in groups),
     }
-    reasons = Counter(t.stop_reason for t in trajectories)
+    everything = [*trajectories, *discarded]
+    reasons = Counter(t.stop_reason for t in everything)
     for reason in StopReason:
-        metrics[f"stop/{reason.value}"] = _ratio(reasons[reason], len(trajectories))
+        metrics[f"stop/{reason.value}"] = _ratio(reasons[reason], len(everything))
     for name in sorted({name for turn in turns for name in turn.rewards}):
         total = sum(turn.rewards.get(name, 0.0) for turn in turns)
         metrics[f"reward/{name}"] = _ratio(total, len(trajectories))

@@ -74,6 +74,12 @@ class Rollout:
             )
         return None
 
+    def again(self, env: ToolEnv, attempt: int) -> Rollout:
+        """The same member from the start, with random numbers of its own."""
+        key = (*self._key, attempt)
+        sampling = self._sampling
+        return Rollout(self._runner, env, self._task, self._group_id, self._member, sampling, key)
+
     @property
     def trajectory(self) -> Trajectory:
         """What the environment has recorded so far."""

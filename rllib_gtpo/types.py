@@ -141,6 +141,11 @@ class Trajectory:
         return self.stop_reason not in (StopReason.ANSWER, StopReason.ENV_DONE)
 
     @property
+    def broken(self) -> bool:
+        """Whether the environment failed: the outcome says nothing about the policy."""
+        return self.stop_reason in (StopReason.ENV_ERROR, StopReason.ENV_TIMEOUT)
+
+    @property
     def reward(self) -> float:
         """Undiscounted sum of the turn rewards; equals the RLlib episode's return."""
         return sum(t.reward for t in self.turns)

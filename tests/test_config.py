@@ -35,6 +35,13 @@ class TestRefusals:
             ({"num_epochs": 3}, "no effect here; use group_size"),
             ({"grad_clip_by": "value"}, "global norm"),
             ({"optimizer": {"name": "AdanW"}}, "did you mean 'Adam"),
+            ({"resample_groups": 4}, "no effect with uniform_groups='keep'"),
+            ({"resample_groups": -1}, "at least 0"),
+            ({"resample_groups": 0.5, "uniform_groups": "drop"}, "whole number"),
+            ({"overlong": "masked"}, "did you mean 'mask'"),
+            ({"overlong": "mask", "overlong_penalty": 0.5}, "unless overlong='penalty'"),
+            ({"overlong_buffer": 10}, "unless overlong='penalty'"),
+            ({"overlong": "penalty"}, r"no effect without rollouts\(max_tokens"),
         ],
     )
     def test_training(self, settings, message):
@@ -68,6 +75,21 @@ class TestRefusals:
     def test_language_model(self, settings, message):
         with pytest.raises(ConfigError, match=message):
             valid(GTPOConfig().language_model(**settings))
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"estimator": "grpo"}, "no effect with estimator='grpo'"),
+            ({"overlong_penalty": 0.0}, "above 0"),
+            ({"overlong_buffer": 0}, "at least 1"),
+            ({"overlong_buffer": 2000}, "every trajectory would be punished"),
+        ],
+    )
+    def test_overlong_penalty(self, settings, message):
+        config = GTPOConfig().rollouts(max_tokens=1000).training(overlong="penalty")
+        valid(config)
+        with pytest.raises(ConfigError, match=message):
+            valid(config.training(**settings))
 
     def test_rewards(self):
         with pytest.raises(ConfigError, match="size of the penalty"):

@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from rllib_gtpo import GTPOConfig
+from rllib_gtpo.env_runner import GroupJob
 from rllib_gtpo.episodes import trajectory_of
 from rllib_gtpo.errors import DataError, EnvironmentFault
 from rllib_gtpo.types import StopReason
@@ -109,9 +110,17 @@ def train(adder_model):
         algorithm.stop()
 
 
-def test_an_environment_that_raises_now_and_then_is_counted(train):
-    result = train(Flaky).train()
-    assert 0 < result["stop"]["env_error"] < 0.5
+def test_a_group_whose_task_always_breaks_is_replaced_and_counted(train):
+    algorithm = train(Flaky)
+    result = algorithm.train()
+    incomplete = result["group"]["incomplete"]
+    assert incomplete > 0
+    assert result["trajectory"]["discarded"] == 4 * incomplete  # not tried again in vain
+    assert result["stop"]["env_error"] == incomplete / (10 + incomplete)
+    assert result["env_runners"]["num_episodes"] == 40
+    assert algorithm.progress_made.next_position == 10 + incomplete
+    trained = algorithm.learner_group._learner.last_batch
+    assert not any(t.task["question"].startswith("3") for t in trained.trajectories)
 
 
 def test_an_environment_that_always_raises_is_told_with_its_error(train):
@@ -127,8 +136,7 @@ def test_an_environment_that_hangs_is_ended(train, monkeypatch):
 
 def test_an_environment_that_never_ends_stops_at_the_turn_limit(train):
     algorithm = train(Endless, max_turns=3)
-    groups, _ = algorithm._sample_groups()
-    trajectories = [t for g in groups for t in g.trajectories]
+    trajectories = [t for g in algorithm._sample_step().groups for t in g.trajectories]
     assert {t.stop_reason for t in trajectories} <= {
         StopReason.MAX_TURNS,
         StopReason.TURN_TRUNCATED,
@@ -156,27 +164,46 @@ def test_no_tasks(train):
 
 def test_a_full_context_ends_the_trajectory_not_the_run(train):
     algorithm = train(Adder, max_tokens=20, max_turn_tokens=20)
-    groups, episodes = algorithm._sample_groups()
-    reasons = {t.stop_reason for g in groups for t in g.trajectories}
-    assert StopReason.MAX_TOKENS in reasons
-    assert max(trajectory_of(e).num_tokens for e in episodes) <= 20
+    trajectories = [t for g in algorithm._sample_step().groups for t in g.trajectories]
+    assert StopReason.MAX_TOKENS in {t.stop_reason for t in trajectories}
+    assert max(t.num_tokens for t in trajectories) <= 20
 
 
-def test_members_without_turns_are_counted_and_harm_nobody(adder_model):
+def test_members_that_break_are_rolled_out_again(adder_model):
+    """Of 40 resets 10 fail, of the next 10 again 3, of the next 3 none."""
+    FailingReset.resets = 0
     config = build(adder_model, FailingReset).training(mini_batches=2, epochs=2)
     algorithm = config.build_algo()
     result = algorithm.train()
-    assert result["stop"]["env_error"] == 0.25
+    assert result["group"]["incomplete"] == 0
+    assert result["trajectory"]["discarded"] == 13
+    assert result["stop"]["env_error"] == pytest.approx(13 / 53)
+    groups = algorithm.learner_group._learner.last_batch.groups
+    assert [[t.member for t in g.trajectories] for g in groups] == [[0, 1, 2, 3]] * 10
+    assert not any(t.broken for g in groups for t in g.trajectories)
     assert result["grad"]["norm"] > 0
     algorithm.stop()
 
 
-def test_an_error_before_a_turn_is_taken_keeps_the_turn(train):
+def test_broken_rollouts_are_no_failures_of_the_policy_in_training(train):
     algorithm = train(Late)
     result = algorithm.train()
     assert result["stop"]["env_error"] > 0
-    for episode in algorithm._sample_groups()[1]:
-        assert len(episode) == len(trajectory_of(episode).turns) == len(episode.get_rewards())
+    assert result["group"]["incomplete"] > 0
+    trajectories = algorithm.learner_group._learner.last_batch.trajectories
+    assert len(trajectories) == 40 and not any(t.broken for t in trajectories)
+
+
+def test_a_broken_rollout_keeps_its_turns_and_counts_as_failed_in_evaluation(adder_model):
+    config = build(adder_model, Late).evaluation(evaluation_interval=1, evaluation_duration=40)
+    algorithm = config.evaluation(evaluation_samples_per_task=4).build_algo()
+    runner = algorithm.eval_env_runner_group.local_env_runner
+    episodes = runner.sample_groups([GroupJob(position, 4, 0) for position in range(10)]).episodes
+    broken = [e for e in episodes if trajectory_of(e).broken]
+    assert len(episodes) == 40 and broken
+    for episode in broken:
+        assert len(episode) == len(trajectory_of(episode).turns) == len(episode.get_rewards()) > 1
+    algorithm.stop()
 
 
 def test_evaluation_ends_with_the_split_and_needs_runners(adder_model):
@@ -194,7 +221,8 @@ def test_evaluation_ends_with_the_split_and_needs_runners(adder_model):
 
 
 def test_mini_batches_that_are_empty_are_left_out(adder_model):
-    config = build(adder_model, Adder).training(mini_batches=10, groups_per_step=10)
+    config = build(adder_model, Adder).rewards(format_penalty=0.0)
+    config = config.training(mini_batches=10, groups_per_step=10)
     algorithm = config.training(uniform_groups="drop").build_algo()
     result = algorithm.train()
     assert 0 < result["group"]["dropped_frac"] < 1
@@ -229,7 +257,8 @@ def test_a_text_environment_that_hangs_is_ended(adder_model, monkeypatch):
 
 
 def test_a_step_without_any_signal_changes_nothing(adder_model):
-    config = build(adder_model, Hopeless).training(uniform_groups="drop")
+    config = build(adder_model, Hopeless).rewards(format_penalty=0.0)
+    config = config.training(uniform_groups="drop")
     algorithm = config.build_algo()
     before = algorithm.get_module().get_state()
     result = algorithm.train()
@@ -260,7 +289,7 @@ def test_remote_runners_sample_what_a_local_one_samples(adder_model):
     def tokens(runners):
         config = build(adder_model, Adder).env_runners(num_env_runners=runners)
         algorithm = config.build_algo()
-        _, episodes = algorithm._sample_groups()
+        episodes = algorithm._sample_step().episodes
         algorithm.stop()
         trajectories = [trajectory_of(e) for e in episodes]
         return {(t.group_id, t.member): [turn.token_ids for turn in t.turns] for t in trajectories}

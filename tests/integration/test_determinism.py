@@ -16,20 +16,20 @@ def run(config, iterations, *, checkpoint=None, restore=None):
     if restore is not None:
         algorithm.restore_from_path(restore)
     seen = []
-    sample = algorithm._sample_groups
+    sample = algorithm._sample_step
 
     def spy():
-        groups, episodes = sample()
+        step = sample()
         seen.append(
             [
                 (t.group_id, t.member, turn.prompt_ids, turn.token_ids, turn.logprobs, turn.rewards)
-                for t in map(trajectory_of, episodes)
+                for t in map(trajectory_of, step.episodes)
                 for turn in t.turns
             ]
         )
-        return groups, episodes
+        return step
 
-    algorithm._sample_groups = spy
+    algorithm._sample_step = spy
     results = [numbers(algorithm.train()) for _ in range(iterations)]
     if checkpoint is not None:
         algorithm.save_to_path(checkpoint)
