@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rllib_gtpo.errors import ConfigError, did_you_mean
-from rllib_gtpo.ops.segments import Segments
+from rllib_gtpo.ops.segments import Segments, check_rows
 
 Level = Literal["token", "turn", "sequence"]
 Correction = Literal["off", "token", "turn", "sequence"]
@@ -158,6 +158,10 @@ def objective_sum(
         ref_logprobs: [T]; needed exactly if kl_coeff is not 0.
         entropy: [T]; needed if entropy_coeff is not 0, then with gradient; else only reported.
 
+    Raises:
+        ValueError: For bad shapes, a missing or useless input, and NaN or infinity in `advantages`
+            or `sampling_logprobs`, naming the row.
+
     Returns:
         The scalar loss sum, with a gradient path also for T = 0, and detached float64 sums for
         `merge_metrics` and `finish_metrics`.
@@ -272,13 +276,15 @@ def _max_abs(values_T: Tensor) -> Tensor:
 
 
 def _check(objective: Objective, tensors: Mapping[str, Tensor | None]) -> None:
-    """Shapes, and that each part of the objective has its input and each input has a use."""
+    """Shapes, NaN, and that each part of the objective has its input and each input has a use."""
     learner = tensors["learner_logprobs"]
     if learner is None or learner.dim() != 1:
         raise ValueError("learner_logprobs must have shape [T]")
     for name, tensor in tensors.items():
         if tensor is not None and tensor.shape != learner.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(learner.shape)}")
+        if tensor is not None and name in ("advantages", "sampling_logprobs"):
+            check_rows(name, tensor, integer=False)  # the model's own may diverge: see the learner
     if (tensors["ref_logprobs"] is None) != (objective.kl_coeff == 0.0):
         raise ValueError(
             f"kl_coeff is {objective.kl_coeff}: ref_logprobs must be given exactly if it is not 0"

@@ -45,12 +45,11 @@ def discounted_sum(rewards_N: Tensor, rows: TrajectoryRows, gamma: float) -> Ten
     """
     if isinstance(gamma, bool) or not math.isfinite(gamma) or not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must be in [0, 1], got {gamma}")
-    returns_N = rewards_N
+    returns_N = rewards_N.clone()
     longest = int(rows.remaining_N.max()) + 1 if rewards_N.numel() else 0
     step = 1
     while step < longest and gamma**step > 0.0:
         inside_N = rows.remaining_N[:-step] >= step
-        ahead_N = torch.where(inside_N, returns_N[step:], 0.0) * gamma**step
-        returns_N = torch.cat([returns_N[:-step] + ahead_N, returns_N[-step:]])
+        returns_N[:-step] += torch.where(inside_N, returns_N[step:], 0.0) * gamma**step
         step *= 2
     return returns_N

@@ -75,6 +75,23 @@ def one_token(log_ratio: float, advantage: float, **options: Any) -> tuple[float
     return loss.item(), learner.grad.item(), metrics
 
 
+def test_defaults() -> None:
+    """What training uses unless told otherwise: a change of these changes everybody's runs."""
+    assert Objective() == Objective(
+        ratio_level="token",
+        clip_low=0.2,
+        clip_high=0.28,
+        dual_clip=None,
+        kl_coeff=0.0,
+        kl_estimator="k3",
+        aggregation="token_mean",
+        constant=None,
+        importance_sampling="off",
+        importance_cap=2.0,
+        entropy_coeff=0.0,
+    )
+
+
 # --- the clip ----------------------------------------------------------------------------------
 
 
@@ -428,6 +445,17 @@ def test_refuses_options(options: dict[str, Any], message: str) -> None:
     ("options", "change", "message"),
     [
         ({}, {"advantages": torch.zeros(3)}, "advantages has shape"),
+        ({}, {"advantages": f64(*[0] * 9, math.nan)}, "row 9: advantages is nan"),
+        (
+            {},
+            {"sampling_logprobs": f64(0, -math.inf, *[0] * 8)},
+            "row 1: sampling_logprobs is -inf",
+        ),
+        (
+            {},
+            {"advantages": torch.zeros(10, dtype=torch.long)},
+            "advantages must be floating point",
+        ),
         ({}, {"ref_logprobs": torch.zeros(10)}, "kl_coeff is 0.0: ref_logprobs"),
         ({"kl_coeff": 0.1}, {}, "kl_coeff is 0.1: ref_logprobs"),
         ({"entropy_coeff": 0.1}, {"entropy": None}, "entropy must be given"),

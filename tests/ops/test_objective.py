@@ -158,6 +158,30 @@ def test_the_fixed_tokens_reach_every_bound(level: str) -> None:
     assert stops == {"low", "high", "dual", None}
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_no_anchors_are_the_current_logprobs(level: str) -> None:
+    for aggregation, kl, correction in product(AGGREGATIONS, KLS, CORRECTIONS):
+        objective = build(level, aggregation, kl, correction, 1.4)
+        batch = tensors(objective, FIXED)
+        leaf = batch["learner_logprobs"]
+        results = []
+        for anchors in (None, leaf.detach().clone()):
+            loss = objective_sum(objective, **{**batch, "anchor_logprobs": anchors})[0]
+            results.append((loss, *torch.autograd.grad(loss, leaf, retain_graph=True)))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_half_precision_logprobs_are_computed_in_float32() -> None:
+    objective = build("token", "token_mean", "k3", "off", None)
+    whole = tensors(objective, FIXED)
+    low = {n: v.detach().bfloat16() if v.is_floating_point() else v for n, v in whole.items()}
+    leaves = {n: low[n].requires_grad_() for n in ("learner_logprobs", "entropy")}
+    same = {n: v.double() if v.is_floating_point() else v for n, v in {**low, **leaves}.items()}
+    got, expected = objective_sum(objective, **low)[0], objective_sum(objective, **same)[0]
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 @settings(max_examples=30, deadline=None)
 @given(tokens=ragged_tokens(), level=st.sampled_from(LEVELS), data=st.data())
 def test_order_of_tokens_and_ids_do_not_matter(
