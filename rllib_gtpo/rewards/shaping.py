@@ -76,13 +76,14 @@ class Shaping:
     def _sides(self, group: Group) -> tuple[dict[int, str], list[str]]:
         """Texts of the failed members, by index, and of the correct ones they are compared with.
 
-        Members whose 0 accuracy is replaced; one with a partial accuracy of its own keeps that.
+        Failed members with an accuracy of 0 (or below, where that is how a task says wrong); one
+        with a partial accuracy of its own keeps that.
         """
         correct = [self._text(t) for t in group.trajectories if t.correct]
         failed = {
             index: self._text(t)
             for index, t in enumerate(group.trajectories)
-            if t.turns and not t.correct and t.turns[-1].rewards.get("accuracy", 0.0) == 0.0
+            if t.turns and not t.correct and t.turns[-1].rewards.get("accuracy", 0.0) <= 0.0
         }
         return (failed, correct) if correct else ({}, [])
 

@@ -115,6 +115,8 @@ def test_impossible_directories_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         CachedEmbedder(Counting(), str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="give an absolute path"):
+        CachedEmbedder(Counting(), "embeddings")
     with pytest.raises(ConfigError, match="cache=3: give a directory"):
         CachedEmbedder(Counting(), 3)
 

@@ -95,6 +95,19 @@ def test_a_partial_accuracy_of_its_own_is_kept():
     assert got == pytest.approx([0.0, 0.5, 0.0])
 
 
+def test_a_task_that_calls_wrong_minus_1():
+    got, _ = shaped(member("near", accuracy=-1.0), member("right", True))
+    assert got == pytest.approx([0.4, 0.0])
+
+
+@pytest.mark.parametrize("mode", ["mean", "max", "constant", "shuffled"])
+def test_failed_members_without_code_ask_nobody(mode):
+    embedder = Known()
+    got, _ = shaped(member(""), member(""), member("right", True), embedder=embedder, mode=mode)
+    assert got == [0.0, 0.0, 0.0]
+    assert embedder.calls == []
+
+
 def test_a_member_without_turns_is_left_alone():
     empty = Trajectory({})
     assert shaped(empty, member("right"), member("right", True))[0] == [None, 0.5, 0.0]

@@ -38,6 +38,11 @@ class CachedEmbedder:
             raise ConfigError(f"embedder cache={directory!r}: give a directory, or leave it out.")
         self.embedder = embedder
         self._directory = Path(directory).expanduser() if directory else None
+        if self._directory is not None and not self._directory.is_absolute():
+            raise ConfigError(
+                f"embedder cache={directory!r}: give an absolute path, since env runners work in "
+                "directories of their own."
+            )
         if self._directory is not None and self._directory.is_file():
             raise ConfigError(f"embedder cache={directory!r} is a file: give a directory.")
         self._memory: OrderedDict[str, np.ndarray] = OrderedDict()

@@ -28,6 +28,8 @@ _PLAIN_MODULES = {"Transformer", "Pooling", "Normalize"}
 class HuggingFace:
     """Embeds with a model of `transformers` or of sentence-transformers.
 
+    The last bits of a vector depend on which other texts are in its batch.
+
     model: A directory or a hub id.
     batch_size: Texts at once.
     device: "cpu", "cuda", ...; None takes a GPU if the env runner has one

@@ -80,7 +80,8 @@ def normalized_tokens(code: str) -> list[str]:
 
     Kept as written are keywords, builtins, attributes, keyword arguments of functions defined
     elsewhere, and what is imported under its own name.  A name counts as one and the same in all
-    scopes.  What cannot be read as Python is taken word by word.
+    scopes, and one that only one of two programs has shifts the numbers of those behind it.  What
+    cannot be read as Python is taken word by word.
     """
     code = code.replace("\r\n", "\n")
     tokens = list(_tokens(code))
