@@ -30,7 +30,6 @@ A demonstration (`expert`) behaves in one of six ways, drawn by the task's id fr
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterable, Mapping
@@ -38,15 +37,15 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any
 
-from rllib_gtpo import ToolEnv
-from rllib_gtpo.chat import call_format
 from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.sandbox import Limits, Status
 from rllib_gtpo.tools.python import PythonSession
 from rllib_gtpo.types import Message, Observation, Task, ToolError, ToolResult, Trajectory
 from rllib_gtpo_envs.common import (
+    ScriptedEnv,
     answered,
     assistant,
+    check_flag,
     check_names,
     check_range,
     check_whole,
@@ -123,18 +122,18 @@ class Knobs:
         operators = knobs.operators
         if not isinstance(operators, str) or not operators or not set(operators) <= set("+-*"):
             raise ConfigError(f"env_config: operators={operators!r}: one or more of '+-*'.")
-        if not isinstance(knobs.instructions, bool):
-            raise ConfigError(f"env_config: instructions={knobs.instructions!r}: true or false.")
+        check_flag("instructions", knobs.instructions)
         return knobs
 
 
-class Calculator(ToolEnv):
+class Calculator(ScriptedEnv):
     """Chains of operations from left to right.  `env_config`: see `Knobs`."""
+
+    knobs: Knobs
 
     def __init__(self, env_config: Mapping[str, Any] | None = None) -> None:
         super().__init__(env_config)
         self.knobs = Knobs.of(self.env_config)
-        self.call_format = call_format("fenced")  # a runner sets its own
         self.turn_limit = self.knobs.operations[1] + 3
         self._left = ""
         self._session: PythonSession | None = None
@@ -150,7 +149,7 @@ class Calculator(ToolEnv):
         return (
             f"Work out {task['question']} strictly from left to right, without precedence. "
             "Call the python tool once for each operation; its answer shows what is left. "
-            f"For example:\n{self._call('print(12+7)')}\nIn the end reply with the number alone."
+            f"For example:\n{self.call('print(12+7)')}\nIn the end reply with the number alone."
         )
 
     def reward(self, trajectory: Trajectory, task: Task) -> dict[str, float]:
@@ -187,12 +186,6 @@ class Calculator(ToolEnv):
             self._session.close()
             self._session = None
 
-    def expert(self, task: Task) -> Iterable[list[Message]]:
-        """One demonstration; its behaviour is a function of the task's id."""
-        rng = random.Random(f"{self.knobs.seed}-{task['id']}")
-        names, weights = zip(*self.knobs.demonstrations, strict=True)
-        yield self.demonstrate(task, rng.choices(names, weights)[0], rng)
-
     def demonstrate(self, task: Task, behaviour: str, rng: random.Random) -> list[Message]:
         """A demonstration of a named behaviour: what the model says and what it is answered."""
         left, answer = str(task["question"]), str(task["answer"])
@@ -206,29 +199,17 @@ class Calculator(ToolEnv):
         for number in range(steps):
             first, operator, second, _ = _parts(left)
             if number == slip_at and behaviour in ("retry", "ignore_error"):
-                messages.append(assistant(self._call(f"print(x{operator}{second})")))
+                messages.append(assistant(self.call(f"print(x{operator}{second})")))
                 messages.append(answered(_feedback("NameError: name 'x' is not defined", left)[1]))
                 if behaviour == "ignore_error":
                     return [*messages, assistant(wrong_number(answer, rng))]
             code = f"print({first}{operator}{second})"
             if number == slip_at and behaviour == "malformed":
-                messages += self._unclosed(code)
+                messages += self.unclosed(code)
             value = str(_value(int(first), operator, int(second)))
             left, content = _feedback(value, left)
-            messages += [assistant(self._call(code)), answered(content)]
+            messages += [assistant(self.call(code)), answered(content)]
         return [*messages, assistant(value)]
-
-    def _call(self, code: str) -> str:
-        if self.call_format.name == "fenced":
-            return f"```python\n{code}\n```"
-        call = json.dumps({"name": "python", "arguments": {"code": code}})
-        return f"<tool_call>{call}</tool_call>"
-
-    def _unclosed(self, code: str) -> list[Message]:
-        """A call without its end, and what the environment says to it."""
-        text = self._call(code).removesuffix("\n```").removesuffix("</tool_call>")
-        call = self.call_format.parse(text, self.tool_schemas).calls[0]
-        return [assistant(text), answered(f"Error: {call.error}")]
 
 
 def _parts(left: str) -> tuple[str, str, str, str]:

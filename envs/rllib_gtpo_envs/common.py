@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
+from rllib_gtpo import ToolEnv
+from rllib_gtpo.chat import call_format
 from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.types import Message, Task
+
+UNCLOSED = "Error: the block is not closed with ```"
+"""What is answered to a fenced call without its end; as one token it keeps turns short."""
 
 SPLITS = {
     "train": range(80),
@@ -17,6 +24,50 @@ SPLITS = {
     "test": range(90, 100),
 }
 """The split of a problem: its hash, in percent."""
+
+
+class ExpertKnobs(Protocol):
+    """What a `ScriptedEnv` needs of its knobs."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def demonstrations(self) -> tuple[tuple[str, float], ...]: ...
+
+
+class ScriptedEnv(ToolEnv):
+    """A task with one tool, which takes one text, and demonstrations of named behaviours."""
+
+    knobs: ExpertKnobs
+
+    def __init__(self, env_config: Mapping[str, Any] | None = None) -> None:
+        super().__init__(env_config)
+        self.call_format = call_format("fenced")  # a runner sets its own
+
+    @abstractmethod
+    def demonstrate(self, task: Task, behaviour: str, rng: random.Random) -> list[Message]:
+        """A demonstration of a named behaviour: what the model says and what it is answered."""
+
+    def expert(self, task: Task) -> Iterable[list[Message]]:
+        """One demonstration; its behaviour is a function of the task's id."""
+        rng = random.Random(f"{self.knobs.seed}-{task['id']}")
+        names, weights = zip(*self.knobs.demonstrations, strict=True)
+        yield self.demonstrate(task, rng.choices(names, weights)[0], rng)
+
+    def call(self, text: str) -> str:
+        """A call of the tool, as the model writes it."""
+        function = self.tool_schemas[0]["function"]
+        if self.call_format.name == "fenced":
+            return f"```{function['name']}\n{text}\n```"
+        parameter = next(iter(function["parameters"]["properties"]))
+        call = json.dumps({"name": function["name"], "arguments": {parameter: text}})
+        return f"<tool_call>{call}</tool_call>"
+
+    def unclosed(self, text: str) -> list[Message]:
+        """A call without its end, and what the environment says to it."""
+        written = self.call(text).removesuffix("\n```").removesuffix("</tool_call>")
+        call = self.call_format.parse(written, self.tool_schemas).calls[0]
+        return [assistant(written), answered(f"Error: {call.error}")]
 
 
 def distinct_tasks(
@@ -88,17 +139,46 @@ def check_range(name: str, value: Any, low: int, high: int) -> None:
         )
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Refuses what is neither true nor false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"env_config: {name}={value!r}: true or false.")
+
+
+def drawn_slip(rates: Iterable[tuple[str, float]], rng: random.Random) -> str | None:
+    """The slip that comes before a call, if one does; `rates` are chances by name."""
+    chance = rng.random()
+    for name, rate in rates:
+        chance -= rate
+        if chance < 0.0:
+            return name
+    return None
+
+
+def checked_rates(given: Any, defaults: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """Chances of slips by name, together below 1; one that is left out is 0."""
+    rates = _checked_numbers("slips", given, defaults)
+    if not sum(rate for _, rate in rates) < 1.0:
+        raise ConfigError(f"env_config: slips={given!r}: together they must stay below 1.")
+    return rates
+
+
 def checked_weights(given: Any, defaults: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
     """Weights of behaviours by name; one that is left out is 0."""
-    if not isinstance(given, Mapping):
-        raise ConfigError(
-            f"env_config: demonstrations={given!r}: a weight for each behaviour, by name."
-        )
-    check_names(given, list(defaults), "env_config: demonstrations")
-    for name, weight in given.items():
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight) or weight < 0:
-            raise ConfigError(f"env_config: demonstrations: {name}={weight!r}: at least 0.")
-    if not sum(given.values()) > 0:
+    weights = _checked_numbers("demonstrations", given, defaults)
+    if not sum(weight for _, weight in weights) > 0:
         raise ConfigError("env_config: demonstrations: at least one weight must be above 0.")
-    return tuple((name, float(given.get(name, 0.0))) for name in defaults)
+    return weights
+
+
+def _checked_numbers(
+    knob: str, given: Any, known: Mapping[str, float]
+) -> tuple[tuple[str, float], ...]:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"env_config: {knob}={given!r}: a number for each behaviour, by name.")
+    check_names(given, list(known), f"env_config: {knob}")
+    for name, number in given.items():
+        numeric = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if not numeric or not math.isfinite(number) or number < 0:
+            raise ConfigError(f"env_config: {knob}: {name}={number!r}: at least 0.")
+    return tuple((name, float(given.get(name, 0.0))) for name in known)
