@@ -44,7 +44,7 @@ def evaluate_split(algorithm: Any, runners: Any) -> tuple[dict[str, Any], int, i
         )
     groups = groups_of(sampled.episodes)
     refuse_broken_environment(groups, sampled.discarded)
-    metrics = rollout_metrics(groups)
+    metrics = rollout_metrics(groups, sampled.discarded)
     logger = MetricsLogger(root=False)
     for name, value in metrics.items():
         logger.log_value(tuple(name.split("/")), value, window=1)

@@ -19,7 +19,7 @@ from rllib_gtpo.episodes import groups_of
 from rllib_gtpo.ops.advantages import ESTIMATORS, TurnCredit, turn_credit
 from rllib_gtpo.ops.diagnostics import DEAD, CreditedTurns, diagnostic_sums
 from rllib_gtpo.packing import TokenSequence, token_sequences
-from rllib_gtpo.rewards.shaping import SHAPING
+from rllib_gtpo.rewards.shaping import SHAPING, can_be_shaped
 from rllib_gtpo.types import Group, StopReason, Trajectory, flat_turns
 
 GROUPS = "groups"
@@ -234,7 +234,7 @@ def credited_turns(
         column([rewards.get(SHAPING, 0.0) for rewards in last], torch.float64),
         column(
             [
-                SHAPING in rewards and solvable[index] and not t.correct
+                SHAPING in rewards and solvable[index] and can_be_shaped(t)
                 for (index, t, _), rewards in zip(filled, last, strict=True)
             ],
             torch.bool,

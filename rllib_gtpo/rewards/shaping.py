@@ -74,16 +74,10 @@ class Shaping:
         return unshaped
 
     def _sides(self, group: Group) -> tuple[dict[int, str], list[str]]:
-        """Texts of the failed members, by index, and of the correct ones they are compared with.
-
-        Failed members with an accuracy of 0 (or below, where that is how a task says wrong); one
-        with a partial accuracy of its own keeps that.
-        """
+        """Texts of the failed members, by index, and of the correct ones they are compared with."""
         correct = [self._text(t) for t in group.trajectories if t.correct]
         failed = {
-            index: self._text(t)
-            for index, t in enumerate(group.trajectories)
-            if t.turns and not t.correct and t.turns[-1].rewards.get("accuracy", 0.0) <= 0.0
+            index: self._text(t) for index, t in enumerate(group.trajectories) if can_be_shaped(t)
         }
         return (failed, correct) if correct else ({}, [])
 
@@ -134,6 +128,16 @@ class Shaping:
             for turn in trajectory.turns
             for part in (turn.text, *(result.content for result in turn.results))
         ).strip()
+
+
+def can_be_shaped(trajectory: Trajectory) -> bool:
+    """Whether it failed with an accuracy of 0 (or below, where that is how a task says wrong).
+
+    One with a partial accuracy of its own keeps that.
+    """
+    if trajectory.correct or not trajectory.turns:
+        return False
+    return trajectory.turns[-1].rewards.get("accuracy", 0.0) <= 0.0
 
 
 def _cosine(one: Any, other: Any) -> float:

@@ -11,12 +11,13 @@ import torch
 from ray.rllib.core.learner.training_data import TrainingData
 
 from rllib_gtpo import GTPOConfig
-from rllib_gtpo.connectors.learner import CUT_OFF, CreditRule
+from rllib_gtpo.algorithm import GTPO
+from rllib_gtpo.connectors.learner import CUT_OFF, CreditRule, credited_turns
 from rllib_gtpo.env_runner import GroupJob
 from rllib_gtpo.episodes import groups_of, trajectory_of
 from rllib_gtpo.errors import DataError, EnvironmentFault
 from rllib_gtpo.ops.diagnostics import diagnostic_sums, finish_diagnostics
-from rllib_gtpo.sampling import Sampled, sample_step
+from rllib_gtpo.sampling import Sampled, Step, sample_step
 from rllib_gtpo.types import Group, StopReason, Trajectory, Turn
 from tests.integration.test_determinism import numbers, run
 from tests.integration.test_learners import SPACES, weights
@@ -55,11 +56,12 @@ def group(*members):
 
 def solved(turns=1, **components):
     last = {"accuracy": 1.0, **components}
-    return member(*[{}] * (turns - 1), last, correct=True)
+    return member(*[{} for _ in range(turns - 1)], last, correct=True)
 
 
-def failed(turns=1, reason=StopReason.ANSWER, **components):
-    return member(*[{}] * (turns - 1), {"accuracy": 0.0, **components}, reason=reason)
+def failed(turns=1, reason=StopReason.ANSWER, tokens=3, **components):
+    last = {"accuracy": 0.0, **components}
+    return member(*[{} for _ in range(turns - 1)], last, reason=reason, tokens=tokens)
 
 
 class TestWhichGroupsAreKept:
@@ -381,19 +383,64 @@ def test_a_long_trajectory_is_punished_by_a_component_of_its_own(adder_model):
 
 
 def test_signal_before_and_after_shaping():
-    """A term that is the same for two groups, of which only one would be silent without it."""
-    from rllib_gtpo.connectors.learner import credited_turns
+    """Of three groups one is silent without the term, and one also with it.
 
-    silent = group(solved(), failed(shaping=0.2), failed(2, shaping=0.6))
-    silent.trajectories[0].turns[-1].rewards = {"accuracy": 0.0, "shaping": 0.0}
-    plain = group(solved(shaping=0.0), failed(shaping=0.4))
+    The silent one's correct member says so without an accuracy of 1, as a task may.
+    """
+    silent = group(
+        member({"accuracy": 0.0, "shaping": 0.0}, correct=True),
+        failed(shaping=0.2),
+        failed(2, shaping=0.6),
+    )
+    plain = group(solved(shaping=0.0), failed(shaping=0.4), failed(shaping=0.0))
+    plain.trajectories[2].turns[-1].rewards["accuracy"] = 0.5  # it keeps that, so it has no term
     hopeless = group(failed(shaping=0.0), failed(shaping=0.0))
     groups = [silent, plain, hopeless]
     rule = CreditRule("grpo_sum", 0.9, {})
     credit, unshaped = rule.credit(groups), rule.credit(groups, without="shaping")
-    rows = credited_turns(groups, credit.advantages, unshaped.advantages, [True] * 7)
+    rows = credited_turns(groups, credit.advantages, unshaped.advantages, [True] * 8)
     found = finish_diagnostics(diagnostic_sums(rows))
     assert found["group/signal_frac"] == pytest.approx(2 / 3)
     assert found["group/signal_frac_unshaped"] == pytest.approx(1 / 3)
     assert found["shaping/mean"] == pytest.approx((0.2 + 0.6 + 0.4) / 3)
     assert found["shaping/variance"] == pytest.approx(0.04)
+
+
+def test_diagnostics_line_up_with_members_without_turns_and_masked_ones():
+    """Tokens say which turns are counted: 1 and 2 are trained, 4 is masked."""
+    empty = Trajectory({}, stop_reason=StopReason.ENV_ERROR)
+    one, two = failed(tokens=1), member({}, {"accuracy": 1.0}, correct=True, tokens=2)
+    cut = member({"accuracy": 0.0}, reason=StopReason.MAX_TOKENS, tokens=4)
+    groups = [group(empty, one, cut), group(two)]
+    rule = CreditRule("gtpo", 0.9, {}, "keep", "mask")
+    trained = [rule.trains(t) for g in groups for t in g.trajectories]
+    assert trained == [False, True, False, True]
+    advantages = torch.tensor([0.5, -3.0, 1.0, 2.0])
+    rows = credited_turns(groups, advantages, advantages, trained)
+    found = finish_diagnostics(diagnostic_sums(rows))
+    assert found["advantage/abs_mean"] == pytest.approx(3.5 / 3)
+    assert found["advantage/by_turn/0"] == pytest.approx(0.75)
+    assert found["advantage/by_turn/1"] == pytest.approx(2.0)
+    assert found["overlong/masked_frac"] == pytest.approx(1 / 3)
+    assert found["overlong/masked_tokens_frac"] == pytest.approx(4 / 9)
+
+
+@pytest.mark.parametrize(("kept", "dropped"), [(0, 4), (1, 3), (3, 1), (4, 0), (1, 9), (6, 2)])
+def test_no_learner_is_left_without_a_group(kept, dropped):
+    """And those that are trained on are spread as evenly as they can be."""
+    groups = []
+    for position in range(kept + dropped):
+        members = [solved() if position < kept else failed(), failed()]
+        for trajectory in members:
+            trajectory.group_id = position
+        groups.append(Group(position, {}, members))
+    episodes = [
+        SimpleNamespace(custom_data={"trajectory": t}) for g in groups for t in g.trajectories
+    ]
+    step = Step(episodes=episodes, groups=groups, kept=groups[:kept])
+    shards = GTPO._shards(SimpleNamespace(config=SimpleNamespace(num_learners=4)), step)
+    owned = [{trajectory_of(e).group_id for e in shard} for shard in shards]
+    assert all(owned) and sorted(p for o in owned for p in o) == list(range(kept + dropped))
+    trained = [len([p for p in o if p < kept]) for o in owned]
+    assert max(trained) - min(trained) <= 1
+    assert sum(map(len, shards)) == 2 * (kept + dropped)
