@@ -1,0 +1,205 @@
+"""Whom does each estimator blame?  Its advantages on the same rollouts, against what each turn was.
+
+The tasks say exactly whether a turn was right, given what had been seen by then: a step of the
+chain that was taken, the relation that was due, a submission that keeps what works and tries what
+is new.  An estimator never sees this.  Over the turns of the model behind the cold start:
+
+    AUC failed   how often a right turn of a failed rollout has a higher advantage than a wrong one
+                 of the same rollout (ties count half: trajectory-level credit has 0.5)
+    AUC solved   the same within solved rollouts
+    AUC all      the same over all turns of all rollouts
+    first error  mean advantage of the first wrong turn of failed rollouts, minus that of the right
+                 turns before it: negative, if blame falls where things went wrong
+
+    python release/learning/blame.py [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+
+from release.learning import training
+from release.learning.study import TASKS
+from release.results import Report
+from rllib_gtpo import GTPOConfig
+from rllib_gtpo.connectors.learner import credit_of
+from rllib_gtpo.env_runner import GroupJob
+from rllib_gtpo.episodes import groups_of
+from rllib_gtpo.rewards.embedders import build_embedder
+from rllib_gtpo.rewards.shaping import Shaping
+from rllib_gtpo.types import Group, Trajectory, Turn
+from rllib_gtpo_envs import Lookup
+
+ROOT = Path(__file__).parents[2]
+GROUPS = 64
+ESTIMATORS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "gtpo": ("gtpo", {}, True),
+    "gtpo_unshaped": ("gtpo", {}, False),
+    "gtpo turn_index": ("gtpo", {"normalize": "turn_index"}, False),
+    "gtpo leave_one_out": ("gtpo", {"normalize": "leave_one_out"}, False),
+    "grpo": ("grpo", {}, False),
+    "grpo_sum": ("grpo_sum", {}, False),
+    "dr_grpo": ("dr_grpo", {}, False),
+    "rloo": ("rloo", {}, False),
+    "reinforce_pp": ("reinforce_pp", {}, False),
+    "mt_grpo": ("mt_grpo", {}, False),
+    "gigpo": ("gigpo", {}, False),
+}
+_LEFT = re.compile(r"left: (\S+)\Z")
+
+
+def chain_turns(trajectory: Trajectory) -> list[bool]:
+    """A call that takes a step off the chain; the right answer when none is left."""
+    left = str(trajectory.task["question"])
+    right = []
+    for turn in trajectory.turns:
+        match = _LEFT.search(turn.results[0].content) if turn.results else None
+        after = match.group(1) if match else left
+        right.append(trajectory.correct if not turn.calls else not turn.invalid and after != left)
+        left = after
+    return right
+
+
+def lookup_turns(trajectory: Trajectory) -> list[bool]:
+    """The key that the relation due leads to from where the rollout is; the value found there."""
+    task = trajectory.task
+    world = Lookup(TASKS["lookup"].env_config).world(task)
+    start, *relations = str(task["question"]).split(".")
+    key, left = "", relations
+    right = []
+    for turn in trajectory.turns:
+        if not turn.calls:
+            right.append(bool(key) and not left and turn.content.strip() == world.values[key])
+            continue
+        due = start if not key else world.records[key][left[0]] if left else None
+        asked = "" if turn.invalid else str(turn.calls[0].arguments["key"]).strip()
+        right.append(asked == due)
+        if asked in world.records and asked != key:
+            left = left[1:] if key else left
+            key = asked
+    return right
+
+
+def repair_turns(trajectory: Trajectory) -> list[bool]:
+    """A submission that keeps the right lines and tries what is new in the wrong ones."""
+    *lines, verdict = str(trajectory.task["question"]).split("\n")
+    tried = [{line} for line in lines]
+    right = []
+    for turn in trajectory.turns:
+        submitted = [] if turn.invalid or not turn.calls else _lines(turn)
+        if len(submitted) != len(lines):
+            right.append(False)
+            continue
+        wrong = verdict.removeprefix("wrong: ").split()
+        right.append(
+            all(
+                new not in seen if old[0] in wrong else new == old
+                for new, old, seen in zip(submitted, lines, tried, strict=True)
+            )
+        )
+        for new, seen in zip(submitted, tried, strict=True):
+            seen.add(new)
+        lines, verdict = submitted, turn.results[0].content.split("\n")[0]
+    return right
+
+
+def _lines(turn: Turn) -> list[str]:
+    return str(turn.calls[0].arguments["code"]).strip().split("\n")
+
+
+ORACLES: dict[str, Callable[[Trajectory], list[bool]]] = {
+    "chain": chain_turns,
+    "lookup": lookup_turns,
+    "repair": repair_turns,
+}
+
+
+def auc(values: np.ndarray, right: np.ndarray) -> float:
+    """How often a right turn has a higher value than a wrong one; NaN without both kinds."""
+    good, bad = values[right], values[~right]
+    if not good.size or not bad.size:
+        return float("nan")
+    ordered = np.sort(bad)
+    below = np.searchsorted(ordered, good, "left")
+    ties = np.searchsorted(ordered, good, "right") - below
+    return float((below + 0.5 * ties).mean() / bad.size)
+
+
+def first_error_gap(advantages: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> float:
+    """Mean over failed rollouts of the first wrong turn's advantage minus the earlier turns'."""
+    gaps = []
+    for values, good in zip(advantages, right, strict=True):
+        first = int(np.argmin(good)) if not good.all() else 0
+        if first > 0:
+            gaps.append(values[first] - values[:first].mean())
+    return float(np.mean(gaps)) if gaps else float("nan")
+
+
+def blame(groups: list[Group], oracle: Callable[[Trajectory], list[bool]]) -> list[dict[str, Any]]:
+    """The figures of every estimator on the same groups."""
+    shaped = copy.deepcopy(groups)
+    Shaping(build_embedder("python_tokens")).score_groups(shaped)
+    trajectories = [t for g in groups for t in g.trajectories]
+    right = [np.array(oracle(t), dtype=bool) for t in trajectories]
+    cuts = np.cumsum([len(t.turns) for t in trajectories])[:-1]
+    solved = np.array([t.correct for t in trajectories])
+    rows = []
+    for name, (estimator, options, with_shaping) in ESTIMATORS.items():
+        credit = credit_of(shaped if with_shaping else groups, estimator, 0.9, options)
+        advantages = np.split(credit.advantages.numpy(), cuts)
+        row: dict[str, Any] = {"estimator": name}
+        for label, which in (("failed", ~solved), ("solved", solved)):
+            within = [auc(advantages[i], right[i]) for i in np.flatnonzero(which)]
+            row[f"auc_{label}"] = float(np.nanmean(within))
+        row["auc_all"] = auc(np.concatenate(advantages), np.concatenate(right))
+        failed = np.flatnonzero(~solved)
+        row["first_error"] = first_error_gap(
+            [advantages[i] for i in failed], [right[i] for i in failed]
+        )
+        rows.append(row)
+    return rows
+
+
+def sample(task_name: str, seed: int, folder: Path) -> list[Group]:
+    """Groups of the model that the study's arms start from."""
+    training.make_cold_start(task_name, seed, folder)
+    algorithm = training.configured(GTPOConfig(), TASKS[task_name], seed)
+    algorithm.language_model(model=str(training.cold_start_of(task_name, seed, folder)))
+    built = algorithm.build_algo()
+    episodes = built.env_runner.sample_groups([GroupJob(p, 8, 0) for p in range(GROUPS)]).episodes
+    built.stop()
+    return groups_of(episodes)
+
+
+def main() -> int:
+    """Prints the table of every task."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "learning")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    training.start_worker()
+    report = Report("blame", {}, [args.seed])
+    for task_name, oracle in ORACLES.items():
+        groups = sample(task_name, args.seed, args.folder)
+        turns = [r for g in groups for t in g.trajectories for r in oracle(t)]
+        print(f"\n{task_name}: {len(turns)} turns, {np.mean(turns):.1%} of them right")
+        for row in blame(groups, oracle):
+            print(f"{row['estimator']:20}", end="")
+            report.add({"task": task_name, **row})
+    return report.finish(args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

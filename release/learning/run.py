@@ -1,0 +1,154 @@
+"""Does turn credit pay, and when?  Trains every arm of every study at equal sampled tokens.
+
+    python release/learning/run.py --quick              # at most 10 minutes on two cores
+    python release/learning/run.py --full               # all studies, hours; stop and go on at will
+    python release/learning/run.py --study credit shaping
+    python release/learning/run.py --tables             # no training: tables of what is there
+    python release/learning/run.py --full --json FILE   # also writes results, and a plot each
+
+Every finished run is a file of its own in `--folder`, so a stopped study goes on with what is
+missing.  `--quick` trains a stated part of the credit study (see `QUICK`) and compares it with the
+recorded results.  What the arms, tasks and budgets are is in study.py, and was fixed first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a worker computes the same with or without a neighbour
+
+from release.learning import tables, training
+from release.learning.study import STUDIES, Run
+from release.results import Report
+
+ROOT = Path(__file__).parents[2]
+RECORDED = ROOT / "release" / "results" / "learning_runs.jsonl"
+QUICK = ("credit", "lookup", ("gtpo", "grpo", "grpo_sum"), (0,))
+TOLERANCE = 0.12  # of a final accuracy: three standard errors of a difference of 256 problems each
+
+
+def train_all(runs: Sequence[Run], folder: Path, workers: int) -> list[str]:
+    """Cold starts, then the runs; what failed, by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [run for run in runs if not training.record_of(run, folder).exists()]
+    starts = dict.fromkeys((run.task, run.seed) for run in missing)
+    if not missing:
+        return []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, training.start_worker) as pool:
+        cold = [(f"cold start {t} {s}", partial(training.make_cold_start, t, s)) for t, s in starts]
+        failed = _each(pool, cold, folder)
+        if failed:
+            return failed
+        return _each(pool, [(_described(r), partial(training.train, r)) for r in missing], folder)
+
+
+def _each(
+    pool: ProcessPoolExecutor, jobs: Iterable[tuple[str, Callable[[Path], Any]]], folder: Path
+) -> list[str]:
+    waiting = {pool.submit(job, folder): name for name, job in jobs}
+    failed = []
+    for number, done in enumerate(as_completed(waiting), start=1):
+        error = done.exception()
+        outcome = "done" if error is None else f"FAILED: {error!r}"
+        print(f"[{number}/{len(waiting)}] {waiting[done]}: {outcome}", flush=True)
+        if error is not None:
+            failed.append(f"{waiting[done]}: {error!r}")
+    return failed
+
+
+def _described(run: Run) -> str:
+    settings = " ".join(f"{key}={value}" for key, value in run.settings)
+    return f"{run.task} seed {run.seed} {settings}"
+
+
+def report_studies(names: Sequence[str], folder: Path, results: Path | None) -> int:
+    """Tables of what is there, and with `results` a JSON file, every run's figures and plots."""
+    report = Report("learning", {"runs_missing": {"max": 0}}, [])
+    runs: list[dict[str, Any]] = []
+    for name in names:
+        study = STUDIES[name]
+        values, rows = tables.read(study, folder)
+        compared = tables.compare(study, values)
+        print(f"\n## {name}: {study.question}\n\n{tables.markdown(study, compared)}\n")
+        if results is not None and rows:
+            tables.plot(name, values, results.with_name(f"{results.stem}_{name}.png"))
+        missing = len(study.runs()) - len(rows)
+        report.add({"study": name, "runs": len(rows), "runs_missing": missing})
+        report.rows += [{"study": name, **row} for row in compared]
+        report.seeds = sorted({*report.seeds, *study.seeds})
+        runs += [{"study": name, **row} for row in rows]
+    if results is not None:
+        lines = [json.dumps(row) + "\n" for row in runs]
+        results.with_name(f"{results.stem}_runs.jsonl").write_text("".join(lines))
+    return report.finish(results)
+
+
+def report_quick(folder: Path, results: Path | None) -> int:
+    """The stated part, against the recorded results."""
+    name, task, arms, seeds = QUICK
+    recorded = {
+        (row["study"], row["task"], row["arm"], row["seed"]): row
+        for row in map(json.loads, RECORDED.read_text().splitlines())
+    }
+    report = Report("learning_quick", {"difference": {"max": TOLERANCE}}, list(seeds))
+    for arm in arms:
+        for seed in seeds:
+            file = training.record_of(STUDIES[name].run(task, arm, seed), folder)
+            now = tables.summary(json.loads(file.read_text()))
+            then = recorded[name, task, arm, seed]
+            report.add(
+                {
+                    "arm": arm,
+                    "seed": seed,
+                    "start": now["start"],
+                    "final": now["final"],
+                    "recorded": then["final"],
+                    "difference": abs(now["final"] - then["final"]),
+                    "area": now["area"],
+                }
+            )
+    return report.finish(results)
+
+
+def main() -> int:
+    """Trains what is missing and reports."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--quick", action="store_true", help="a stated part, at most 10 minutes")
+    what.add_argument("--full", action="store_true", help="all studies")
+    what.add_argument("--study", nargs="+", choices=STUDIES, help="some of the studies")
+    parser.add_argument("--tables", action="store_true", help="train nothing, report what is there")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "learning")
+    parser.add_argument("--workers", type=int, default=2, help="one core each (default 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    quick = not (args.full or args.study or args.tables) or args.quick
+    names = list(args.study or STUDIES)
+    if quick:
+        name, task, arms, seeds = QUICK
+        runs = [STUDIES[name].run(task, arm, seed) for seed in seeds for arm in arms]
+    else:
+        runs = list(dict.fromkeys(run for name in names for run in STUDIES[name].runs()))
+    failed = [] if args.tables else train_all(runs, args.folder, args.workers)
+    if failed:
+        print("\n".join(["these runs failed; start again to go on:", *failed]))
+        return 2
+    if quick:
+        return report_quick(args.folder, args.json)
+    return report_studies(names, args.folder, args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

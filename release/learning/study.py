@@ -1,0 +1,152 @@
+"""What is run: tasks, arms, and the studies made of them.  Fixed before any outcome was seen.
+
+Nothing is tuned per arm: learning rate, batch, budget and model are the task's, the same for all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rllib_gtpo import ToolEnv
+from rllib_gtpo_envs import Calculator, Lookup, Repair
+
+SEEDS = (0, 1, 2, 3, 4)
+EVALUATIONS = 3  # held-out evaluations after the one at the start, evenly spaced in sampled tokens
+PROBLEMS = 256  # of the test split, one sample each, the same ones at every evaluation of a seed
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """A task with everything that is the same for all arms.
+
+    budget: sampled tokens after which training stops.
+    """
+
+    env: type[ToolEnv]
+    env_config: Mapping[str, Any]
+    max_turn_tokens: int
+    budget: int
+    cold_start: Mapping[str, Any]
+    training: Mapping[str, Any] = field(
+        default_factory=lambda: {"lr": 3e-4, "group_size": 8, "groups_per_step": 8}
+    )
+    extra_tokens: tuple[str, ...] = ()  # of the tokenizer
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a task, settings by their flat names, and a seed."""
+
+    task: str
+    settings: tuple[tuple[str, Any], ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What its record is called: the same run of two studies is made once."""
+        text = json.dumps(self.settings, sort_keys=True)
+        return f"{self.task}-{hashlib.sha256(text.encode()).hexdigest()[:10]}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms that are compared on tasks over seeds."""
+
+    question: str
+    tasks: tuple[str, ...]
+    arms: Mapping[str, Mapping[str, Any]]
+    baselines: tuple[str, ...]
+    seeds: tuple[int, ...] = SEEDS
+
+    def run(self, task: str, arm: str, seed: int) -> Run:
+        """The run of an arm."""
+        return Run(task, tuple(sorted(self.arms[arm].items())), seed)
+
+    def runs(self) -> list[Run]:
+        """All of them; a seed is complete before the next begins."""
+        return [self.run(t, a, s) for s in self.seeds for t in self.tasks for a in self.arms]
+
+
+TASKS = {
+    # Six calls that depend on each other and an answer; one demonstration in four gets there.
+    "chain": StudyTask(
+        Calculator,
+        {
+            "operations": [4, 6],
+            "demonstrations": {
+                "solve": 0.08,
+                "retry": 0.08,
+                "malformed": 0.10,
+                "guess": 0.18,
+                "stop_early": 0.30,
+                "ignore_error": 0.26,
+            },
+        },
+        max_turn_tokens=24,
+        budget=64_000,
+        cold_start={"data": "expert", "steps": 900, "batch_size": 24, "lr": 2e-3},
+    ),
+}
+
+GTPO = {"estimator": "gtpo", "shaping": "mean"}
+UNSHAPED = {"estimator": "gtpo"}
+GAMMAS = (0.0, 0.5, 0.7, 0.9, 1.0)
+LIMITS = (4, 8, 16)
+NORMALIZE = ("group", "turn_index", "batch", "first_return", "leave_one_out", "none")
+
+
+def _gamma(gamma: float) -> dict[str, Any]:
+    return {} if gamma == 0.9 else {"gamma": gamma}  # so that the default is one and the same run
+
+
+def _normalize(mode: str) -> dict[str, Any]:
+    return {} if mode == "group" else {"estimator_options": {"normalize": mode}}
+
+
+STUDIES = {
+    "credit": Study(
+        "Does turn credit pay against trajectory credit?",
+        ("chain", "lookup", "repair"),
+        {
+            "gtpo": GTPO,
+            "gtpo_unshaped": UNSHAPED,
+            "grpo": {"estimator": "grpo"},
+            "grpo_sum": {"estimator": "grpo_sum"},
+            "mt_grpo": {"estimator": "mt_grpo"},
+        },
+        baselines=("grpo", "grpo_sum"),
+    ),
+    "shaping": Study(
+        "What does similarity shaping teach, and what do its controls?",
+        ("repair",),
+        {
+            "none": UNSHAPED,
+            "code": GTPO,
+            "trajectory": {**GTPO, "shaping_input": "trajectory"},
+            "constant": {**GTPO, "shaping": "constant"},
+            "shuffled": {**GTPO, "shaping": "shuffled"},
+        },
+        baselines=("none",),
+    ),
+    "normalize": Study(
+        "Over which set should returns be normalised?",
+        ("lookup",),
+        {mode: {**UNSHAPED, **_normalize(mode)} for mode in NORMALIZE},
+        baselines=("group",),
+    ),
+    "gamma": Study(
+        "Does the best gamma depend on the turn limit?",
+        ("lookup",),
+        {
+            f"gamma {gamma} limit {limit}": {**UNSHAPED, **_gamma(gamma), "max_turns": limit}
+            for limit in LIMITS
+            for gamma in GAMMAS
+        },
+        baselines=(),
+        seeds=SEEDS[:3],
+    ),
+}

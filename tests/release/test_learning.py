@@ -1,0 +1,130 @@
+"""The study of learning: its statistics by hand, its plan, and one tiny study from end to end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from release.learning import intervals, study, tables, training
+from release.learning.intervals import area, difference, relative_gain, sign_flip_p
+
+
+class TestIntervals:
+    def test_a_constant_gap_has_no_width(self):
+        gap = difference([[0.5, 0.7, 0.9]], [[0.4, 0.6, 0.8]])
+        assert (gap.estimate, gap.low, gap.high) == pytest.approx((0.1, 0.1, 0.1))
+        assert gap.clears_zero
+
+    def test_pairing_removes_what_seeds_share(self):
+        """Unpaired, these spread by 0.8; paired, by nothing."""
+        assert difference([[0.1, 0.9]], [[0.0, 0.8]]).low == pytest.approx(0.1)
+
+    def test_two_pairs_by_hand(self):
+        """Resampled mean gaps of {0, 0.2} are 0, 0.1, 0.1 and 0.2."""
+        gap = difference([[0.0, 0.2]], [[0.0, 0.0]])
+        assert (gap.estimate, gap.low, gap.high) == pytest.approx((0.1, 0.0, 0.2))
+        assert not gap.clears_zero
+
+    def test_tasks_weigh_the_same_whatever_their_seeds(self):
+        gap = difference([[1.0, 1.0], [0.0, 0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0, 0.0]])
+        assert gap.estimate == pytest.approx(0.5)
+
+    def test_relative_gain_is_of_the_means(self):
+        gain = relative_gain([[0.6, 0.6]], [[0.4, 0.6]])
+        assert gain.estimate == pytest.approx(0.2)
+        assert (gain.low, gain.high) == pytest.approx((0.0, 0.5))
+
+    def test_one_seed_has_no_interval(self):
+        with pytest.raises(ValueError, match="two seeds"):
+            difference([[1.0]], [[0.0]])
+
+    @pytest.mark.parametrize(
+        ("gaps", "p"), [([1, 1, 1], 0.25), ([1, 1, 1, 1, 1], 0.0625), ([1, -1], 1.0), ([3, -1], 1)]
+    )
+    def test_sign_flips_by_hand(self, gaps, p):
+        assert sign_flip_p(gaps) == pytest.approx(p)
+
+    def test_coverage_is_near_its_level(self):
+        """With 20 pairs; with five it is lower, which is why p is shown beside it."""
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+        hits = 0
+        for _ in range(200):
+            ours, theirs = rng.normal(0.1, 1, 20), rng.normal(0, 1, 20)
+            gap = intervals.paired_bootstrap([ours], [theirs], lambda a, b: a - b, resamples=400)
+            hits += gap.low <= 0.1 <= gap.high
+        assert 0.87 <= hits / 200 <= 0.99
+
+
+class TestArea:
+    def test_by_hand(self):
+        assert area([0, 50, 100], [0.0, 1.0, 1.0], 100) == pytest.approx(0.75)
+
+    def test_what_lies_beyond_the_budget_does_not_count(self):
+        assert area([0, 100, 200], [0.0, 1.0, 9.0], 100) == pytest.approx(0.5)
+        assert area([0, 200], [0.0, 1.0], 100) == pytest.approx(0.25)
+
+
+class TestPlan:
+    def test_every_arm_is_a_valid_configuration(self):
+        """So that no setting of the study is without effect."""
+        from rllib_gtpo import GTPOConfig
+
+        for name, planned in study.STUDIES.items():
+            for task in planned.tasks:
+                for arm, settings in planned.arms.items():
+                    config = GTPOConfig().environment(study.TASKS[task].env)
+                    config.training(**study.TASKS[task].training)
+                    config.update_from_dict(dict(settings))
+                    config.validate()
+                    assert config.lr == study.TASKS[task].training["lr"], (name, arm)
+
+    def test_the_same_run_in_two_studies_is_made_once(self):
+        credit, normalize = study.STUDIES["credit"], study.STUDIES["normalize"]
+        shared = credit.run("lookup", "gtpo_unshaped", 1)
+        assert normalize.run("lookup", "group", 1) == shared
+        assert shared.name != credit.run("lookup", "gtpo_unshaped", 2).name
+        assert shared.name != credit.run("lookup", "gtpo", 1).name
+
+    def test_seeds_are_completed_one_after_the_other(self):
+        runs = study.STUDIES["credit"].runs()
+        assert [r.seed for r in runs] == sorted(r.seed for r in runs)
+        assert len(set(runs)) == len(runs) == 75
+
+
+@pytest.mark.slow
+def test_a_tiny_study_trains_resumes_and_reports(ray_session, tmp_path, monkeypatch):
+    chain = study.TASKS["chain"]
+    small = replace(
+        chain,
+        budget=400,
+        cold_start={**chain.cold_start, "steps": 20, "demonstrations": 400},
+        env_config={**chain.env_config, "train": 400},
+        training={**chain.training, "group_size": 4, "groups_per_step": 2},
+    )
+    monkeypatch.setitem(study.TASKS, "chain", small)
+    monkeypatch.setattr(training, "PROBLEMS", 8)
+    planned = study.Study(
+        "?",
+        ("chain",),
+        {"a": study.UNSHAPED, "b": {"estimator": "grpo_sum"}},
+        baselines=("b",),
+        seeds=(0, 1),
+    )
+    for run in planned.runs():
+        training.make_cold_start(run.task, run.seed, tmp_path)
+        file = training.train(run, tmp_path)
+        record = json.loads(file.read_text())
+        assert record["curve"][-1]["tokens"] >= 400 > record["curve"][0]["tokens"] == 0
+        assert record["iterations"][-1]["tokens/sampled_lifetime"] == record["curve"][-1]["tokens"]
+        before = file.stat().st_mtime_ns
+        assert training.train(run, tmp_path).stat().st_mtime_ns == before
+    values, rows = tables.read(planned, tmp_path)
+    assert len(rows) == 4
+    assert rows[0]["start"] == rows[2]["start"]  # arms of a seed start from one model
+    compared = tables.compare(planned, values)
+    assert {"final_vs_b", "area_vs_b_relative"} <= set(compared[0])
+    assert "| chain | a | 2 |" in tables.markdown(planned, compared)
