@@ -22,22 +22,29 @@ class Report:
     def __init__(self, name: str, thresholds: Thresholds, seeds: list[int]) -> None:
         self.name, self.thresholds, self.seeds = name, thresholds, seeds
         self.rows: list[dict[str, Any]] = []
+        self._columns: list[str] = []
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Adds a row and prints it."""
-        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
-        if not self.rows:
-            print("  ".join(f"{k:>{max(8, len(k))}}" for k in numbers), flush=True)
+    def add(self, row: dict[str, Any], show: dict[str, int] | None = None) -> None:
+        """Adds a row and prints its cells, or the columns `show`: {column: width}."""
+        cells = [column for column, value in row.items() if isinstance(value, (int, float))]
+        columns = show or {column: max(8, len(column)) for column in cells}
+        if list(columns) != self._columns:
+            print("  ".join(f"{column:>{width}}" for column, width in columns.items()), flush=True)
+        self._columns = list(columns)
         self.rows.append(row)
-        print("  ".join(f"{_short(v):>{max(8, len(k))}}" for k, v in numbers.items()), flush=True)
+        cells = [f"{_short(row.get(column)):>{width}}" for column, width in columns.items()]
+        print("  ".join(cells), flush=True)
 
     def misses(self) -> list[str]:
-        """What is outside of its threshold."""
+        """What is outside of its threshold.  A threshold applies to the rows that have its metric,
+        and some row must have it."""
         found = []
-        for row in self.rows:
-            for metric, bounds in self.thresholds.items():
-                value = row[metric]
-                if value < bounds.get("min", value) or value > bounds.get("max", value):
+        for metric, bounds in self.thresholds.items():
+            values = [row[metric] for row in self.rows if metric in row]
+            if not values:
+                found.append(f"no row has {metric}, wanted {bounds}")
+            for value in values:
+                if not bounds.get("min", value) <= value <= bounds.get("max", value):
                     found.append(f"{metric} is {_short(value)}, wanted {bounds}")
         return found
 
@@ -48,7 +55,7 @@ class Report:
         if file is not None:
             result = {
                 "name": self.name,
-                "metrics": self.rows,
+                "metrics": [],
                 "thresholds": self.thresholds,
                 "passed": not misses,
                 "versions": _versions(),
@@ -56,12 +63,16 @@ class Report:
                 "seeds": self.seeds,
                 "command": " ".join(["python", *sys.argv]),
             }
-            file.write_text(json.dumps(result, indent=1) + "\n")
+            rows = ",\n".join("  " + json.dumps(row) for row in self.rows)
+            text = json.dumps(result, indent=1)
+            file.write_text(text.replace('"metrics": []', f'"metrics": [\n{rows}\n ]', 1) + "\n")
         return 1 if misses else 0
 
 
-def _short(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+def _short(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _versions() -> dict[str, str]:

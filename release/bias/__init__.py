@@ -1,0 +1,1 @@
+"""Exact bias and variance of credit estimators on small decision processes."""
