@@ -81,7 +81,8 @@ def measured(problem: Problem, variant: Variant, moments: Moments, group_size: i
     if variant.gamma < 1.0:
         against["angle_discounted"] = gradient(process, logits_D, total, variant.gamma)
     for name, other_D in against.items():
-        found[name] = angle(moments.mean_D, other_D)
+        if other_D.any():
+            found[name] = angle(moments.mean_D, other_D)
     found |= theorem(problem, variant, moments, target_D, group_size)
     return {
         "process": process.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,10 +42,20 @@ def number(value: float | None, digits: int = 0) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def degrees(row: Row) -> str:
-    """The angle, with its standard error if sampled."""
-    told = number(row["angle"], 1)
-    return f"{told} ± {number(row['angle_se'], 1)}" if "angle_se" in row else told
+def told(row: Row, name: str, digits: int = 0, error: str = "") -> str:
+    """A figure, with its standard error (`error`, else that of its own name) if sampled."""
+    shown, error = number(row[name], digits), error or f"{name}_se"
+    return f"{shown} ± {number(row[error], digits)}" if error in row else shown
+
+
+def degrees(row: Row, name: str = "angle") -> str:
+    """An angle; the standard error is the same to whatever target."""
+    return told(row, name, 1, "angle_se")
+
+
+def trajectories(row: Row) -> str:
+    """How many make signal as large as noise."""
+    return told(row, "trajectories")
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -71,74 +82,55 @@ def by_process(rows: Sequence[Row], table: str, cell: Callable[[Row], str]) -> s
 def two_targets(rows: Sequence[Row]) -> str:
     """`solved`: the angle to the undiscounted and to the discounted gradient."""
     body = [
-        [f"`{row['estimator']}`", row["policy"], degrees(row), number(row["angle_discounted"], 1)]
+        [f"`{row['estimator']}`", row["policy"], degrees(row), degrees(row, "angle_discounted")]
         for policy in POLICIES
         for row in rows
         if row["table"] == "estimators" and row["process"] == "solved" and row["policy"] == policy
-        if row["estimator"] in SHOWN and "angle_discounted" in row
+        if row["estimator"] in SHOWN and "gamma=0.9" in row["estimator"]
     ]
     return markdown(["estimator", "policy", "to the total", "to the discounted total"], body)
 
 
-def gamma_table(rows: Sequence[Row], policy: str) -> str:
-    """Gain with 64 and 1024 trajectories, and the angle, for each discount."""
-    chosen = [row for row in rows if row["table"] == "gamma" and row["policy"] == policy]
-    gammas = sorted({row["gamma"] for row in chosen})
-    lines = dict.fromkeys((row["normalize"], row["limit"]) for row in chosen)
-    found = {(row["normalize"], row["limit"], row["gamma"]): row for row in chosen}
-
-    def cell(row: Row) -> str:
-        if row["trajectories"] is None:
-            return "no update"
+def gamma_table(rows: Sequence[Row]) -> str:
+    """The trained policy: gain with 64 and with 1024 trajectories, and the angle."""
+    chosen = [row for row in rows if row["table"] == "gamma" and row["policy"] == "trained"]
+    found: dict[tuple[str, int], list[str]] = {}
+    for row in chosen:
         gains = f"{number(row['gain_64'], 2)} {number(row['gain_1024'], 2)}"
-        return f"{gains} ({number(row['angle'])}°)"
-
-    body = [
-        [f"`{mode}`", str(limit), *(cell(found[mode, limit, gamma]) for gamma in gammas)]
-        for mode, limit in sorted(lines, key=lambda line: list(lines).index((line[0], 4)))
-    ]
-    return markdown(["normalize", "limit", *(f"gamma {gamma:g}" for gamma in gammas)], body)
+        cell = f"{gains} ({told(row, 'angle')}°)" if row["trajectories"] else "no update"
+        found.setdefault((row["normalize"], row["limit"]), []).append(cell)
+    modes = list(dict.fromkeys(mode for mode, _ in found))
+    order = sorted(found, key=lambda line: (modes.index(line[0]), line[1]))
+    gammas = dict.fromkeys(f"gamma {row['gamma']:g}" for row in chosen)
+    body = [[f"`{mode}`", str(limit), *found[mode, limit]] for mode, limit in order]
+    errors = [number(max(row[f"gain_{n}_se"] for row in chosen), 2) for n in (64, 1024)]
+    note = f"Standard errors of the gains are at most {errors[0]} and {errors[1]}."
+    return markdown(["normalize", "limit", *gammas], body) + f"\n\n{note}"
 
 
 def best_gamma(rows: Sequence[Row]) -> str:
-    """The discounts that are best, or within two standard errors of the best."""
+    """The discounts that gain most, or within two standard errors of the most."""
     chosen = [row for row in rows if row["table"] == "gamma"]
-    columns = [
-        (limit, policy, batch)
-        for batch in (64, 1024)
-        for limit in (4, 8, 16)
-        for policy in POLICIES
-    ]
+    columns = [(batch, limit) for batch in (64, 1024) for limit in (4, 8, 16)]
 
-    def cell(mode: str, limit: int, policy: str, batch: int) -> str:
-        key = f"gain_{batch}"
-        here = [
-            row
-            for row in chosen
-            if (row["normalize"], row["limit"], row["policy"]) == (mode, limit, policy)
-        ]
+    def cell(mode: str, policy: str, batch: int, limit: int) -> str:
+        where, key = (mode, policy, limit), f"gain_{batch}"
+        here = [r for r in chosen if (r["normalize"], r["policy"], r["limit"]) == where]
         top = max(here, key=lambda row: row[key])
         close = [
             f"{row['gamma']:g}"
             for row in here
-            if top[key] - row[key] <= 2.0 * (top[f"{key}_se"] ** 2 + row[f"{key}_se"] ** 2) ** 0.5
+            if top[key] - row[key] <= 2.0 * math.hypot(top[f"{key}_se"], row[f"{key}_se"])
         ]
         return ", ".join(close)
 
-    head = ["normalize", *(f"batch {b}, limit {n}: uniform / trained" for b, n in _pairs(columns))]
     body = [
-        [f"`{mode}`"]
-        + [
-            " / ".join(cell(mode, limit, p, batch) for p in POLICIES)
-            for batch, limit in _pairs(columns)
-        ]
+        [f"`{mode}`", policy, *(cell(mode, policy, *column) for column in columns)]
         for mode in dict.fromkeys(row["normalize"] for row in chosen)
+        for policy in POLICIES
     ]
-    return markdown(head, body)
-
-
-def _pairs(columns: Sequence[tuple[int, str, int]]) -> list[tuple[int, int]]:
-    return list(dict.fromkeys((batch, limit) for limit, _, batch in columns))
+    head = [f"batch {batch}, limit {limit}" for batch, limit in columns]
+    return markdown(["normalize", "policy", *head], body)
 
 
 def shaping_table(rows: Sequence[Row]) -> str:
@@ -150,7 +142,7 @@ def shaping_table(rows: Sequence[Row]) -> str:
             f"`{row['estimator']}`",
             row["shaping"],
             degrees(row),
-            number(row["trajectories"]),
+            trajectories(row),
             f"{number(100 * row['leak'])}%",
             number(row["toward_copy"], 2),
             *(number(row.get(key), 3) for key in ("accuracy_after", "copies_after")),
@@ -166,12 +158,11 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     """Every table by its name in the docs."""
     return {
         "angles": by_process(rows, "estimators", degrees),
-        "trajectories": by_process(rows, "estimators", lambda row: number(row["trajectories"])),
+        "trajectories": by_process(rows, "estimators", trajectories),
         "two targets": two_targets(rows),
         "groups of 8": by_process(rows, "larger_groups", degrees),
         "best gamma": best_gamma(rows),
-        "gamma trained": gamma_table(rows, "trained"),
-        "gamma uniform": gamma_table(rows, "uniform"),
+        "gamma": gamma_table(rows),
         "shaping": shaping_table(rows),
     }
 
