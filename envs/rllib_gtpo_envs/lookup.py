@@ -1,15 +1,15 @@
 """Look-ups that lead to one another: each record holds the entry to look up next.
 
-    user       start:k
-               left: desk:boss:start:
-    assistant  ```look              tool  team:c boss:m desk:p
-               start:k                    left: desk:boss:
+    user       left: desk:boss:start:
+               start:k
+    assistant  ```look              tool  left: desk:boss:
+               start:k                    boss:m desk:p team:c
                ```
-    assistant  ```look              tool  desk:t team:z boss:p
-               boss:m                     left: desk:
+    assistant  ```look              tool  left: desk:
+               boss:m                     boss:p desk:t team:z
                ```
-    assistant  ```look              tool  value=47
-               desk:t                     left: none
+    assistant  ```look              tool  left: none
+               desk:t                     value=47
                ```
     assistant  47
 
@@ -64,15 +64,14 @@ from rllib_gtpo_envs.common import (
 )
 
 START = "start"
-RELATIONS = ("boss", "desk", "team", "home", "twin", "mate", "dorm", "club")
+RELATIONS = ("boss", "desk", "team", "home", "twin", "club")
 DEMONSTRATIONS = {"solve": 0.25, "wrong_turn": 0.35, "stop_early": 0.25, "guess": 0.15}
 """Default weights of the behaviours in demonstrations: one in four solves the task."""
 SLIPS = {"typo": 0.08, "malformed": 0.06}
 """Default chances of a slip before a call."""
 MARKUP = (
     "```look\n",
-    f"{START}:",
-    *(f"{relation}:" for relation in RELATIONS),
+    *(f"{relation}:" for relation in (START, *RELATIONS)),
     "value=",
     "none",
     "no such entry",
@@ -89,7 +88,7 @@ class Knobs:
 
     seed: Tasks are a function of it and of the split's name.
     hops: Fewest and most relations to follow, within 1 to 8.
-    decoys: Other relations in each record, 1 to 7.
+    decoys: Other relations in each record, 1 to 5.
     keys: Keys of each task's world, 12 to 26, each a letter.
     spare_turns: Turns beyond what the longest task takes.
     train, validation, test: Tasks in each split.
@@ -142,10 +141,14 @@ class Knobs:
 
 @dataclass(frozen=True)
 class World:
-    """The records of a task: relation to key, in the order shown, and the value of every key."""
+    """The records of a task: relation to key, and the value of every key."""
 
     records: Mapping[str, Mapping[str, str]]
     values: Mapping[str, str]
+
+    def record(self, key: str, left: Sequence[str]) -> Mapping[str, str]:
+        """What a look-up of the key shows; with no relation left, that is its value."""
+        return self.records[key] if left else {"value": self.values[key]}
 
     def follow(self, key: str, relations: Iterable[str]) -> list[str]:
         """The keys on the way, the first included."""
@@ -179,7 +182,7 @@ class Lookup(ScriptedEnv):
         """The question, by itself or (`instructions`) with an explanation."""
         if not self.knobs.instructions:
             return str(task["question"])
-        entry, _, left = str(task["question"]).partition("\n")
+        left, _, entry = str(task["question"]).partition("\n")
         return (
             f"The look tool takes an entry, such as {entry}, and shows a record with new entries, "
             "each a relation and the key it leads to, and which relations are left to follow. "
@@ -206,11 +209,11 @@ class Lookup(ScriptedEnv):
         assert self.trajectory is not None, "reset() first"
         world = self.world(self.trajectory.task)
         relation, _, key = entry.strip().partition(":")
-        if key not in world.records or self._record.get(relation) != key:
-            return ToolResult("look", _refused(self._left), ToolError.RAISED)
-        self._left = self._left[1:]
-        self._record = world.records[key] if self._left else {}
-        return ToolResult("look", _shown(world, key, self._left))
+        if self._left and self._record.get(relation) == key:
+            self._left = self._left[1:]
+            self._record = world.record(key, self._left)
+            return ToolResult("look", _shown(self._left, self._record))
+        return ToolResult("look", _refused(self._left, self._record), ToolError.RAISED)
 
     tools = (look,)
 
@@ -230,6 +233,7 @@ class Lookup(ScriptedEnv):
             looked = rng.randint(1, len(left))
             answer, path = path[looked], path[:looked]
         messages: list[Message] = []
+        record: Mapping[str, str] = {START: path[0]}
         slips = 0
         for number, (relation, key) in enumerate(zip((START, *followed), path, strict=False)):
             while slips < self.knobs.spare_turns and (slip := drawn_slip(self.knobs.slips, rng)):
@@ -238,35 +242,33 @@ class Lookup(ScriptedEnv):
                     messages += self.unclosed(f"{relation}:{key}")
                 else:
                     typo = f"{relation}:{rng.choice([k for k in _LETTERS if k != key])}"
-                    rest = (START, *left)[number:]
-                    messages += [assistant(self.call(typo)), answered(_refused(rest))]
-            record = _shown(world, key, left[number:])
-            messages += [assistant(self.call(f"{relation}:{key}")), answered(record)]
+                    refused = _refused((START, *left)[number:], record)
+                    messages += [assistant(self.call(typo)), answered(refused)]
+            record = world.record(key, left[number:])
+            shown = _shown(left[number:], record)
+            messages += [assistant(self.call(f"{relation}:{key}")), answered(shown)]
         return [*messages, assistant(answer)]
 
 
 def _start(task: Task) -> str:
-    return str(task["question"]).partition("\n")[0].removeprefix(f"{START}:")
+    return str(task["question"]).rpartition(":")[2]
 
 
 def _relations(task: Task) -> tuple[str, ...]:
     """The relations behind the start, in the order in which they are followed."""
-    left = str(task["question"]).partition("left: ")[2]
+    left = str(task["question"]).partition("\n")[0].removeprefix("left: ")
     return tuple(left.split(":")[-3::-1])
 
 
-def _refused(left: Iterable[str]) -> str:
-    return f"no such entry\n{_rest(left)}"
+def _shown(left: Sequence[str], record: Mapping[str, str]) -> str:
+    """What the model sees: the relations that are left, the next one last, and a record."""
+    rest = "".join(f"{relation}:" for relation in reversed(left)) or "none"
+    separator = ":" if left else "="
+    return f"left: {rest}\n{' '.join(f'{k}{separator}{v}' for k, v in record.items())}"
 
 
-def _shown(world: World, key: str, left: Sequence[str]) -> str:
-    """What the model sees of a key's record; with no relation left, that is its value."""
-    record = " ".join(f"{relation}:{other}" for relation, other in world.records[key].items())
-    return f"{record if left else f'value={world.values[key]}'}\n{_rest(left)}"
-
-
-def _rest(left: Iterable[str]) -> str:
-    return f"left: {''.join(f'{relation}:' for relation in reversed(tuple(left))) or 'none'}"
+def _refused(left: Sequence[str], record: Mapping[str, str]) -> str:
+    return f"no such entry\n{_shown(left, record)}"
 
 
 @lru_cache(maxsize=8)
@@ -285,7 +287,7 @@ def _task(knobs: Knobs, rng: random.Random) -> Task | None:
     if len(set(path)) < len(path):
         return None
     return {
-        "question": f"{START}:{start}\n{_rest((START, *relations))}",
+        "question": _shown((START, *relations), {START: start}),
         "answer": world.values[path[-1]],
         "hops": len(relations),
         "world": number,
@@ -295,15 +297,11 @@ def _task(knobs: Knobs, rng: random.Random) -> Task | None:
 @lru_cache(maxsize=256)
 def _world(keys: int, decoys: int, number: int) -> World:
     rng = random.Random(number)
-    relations = rng.sample(RELATIONS, decoys + 1)
     names = rng.sample(_LETTERS, keys)
     # Every relation is one to one: who is on a wrong key stays on wrong keys.
-    steps = dict(zip(relations, rng.sample(range(1, keys), len(relations)), strict=True))
+    steps = dict(zip(RELATIONS, rng.sample(range(1, keys), decoys + 1), strict=False))
     records = {
-        name: {
-            relation: names[(index + steps[relation]) % keys]
-            for relation in rng.sample(relations, len(relations))
-        }
+        name: {relation: names[(index + step) % keys] for relation, step in steps.items()}
         for index, name in enumerate(names)
     }
     values = rng.sample(range(10, 100), keys)

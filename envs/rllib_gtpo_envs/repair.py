@@ -1,24 +1,25 @@
 """Mending a program: some operators are wrong, and every submission says in which lines.
 
-    user       a=x+3
-               b=a*7
-               c=b-x
+    user       a+=3
+               b*=a
+               c-=7
                wrong: a c
     assistant  ```submit         tool  wrong: c
-               a=x*3
-               b=a*7
-               c=b&x
+               a*=3
+               b*=a
+               c&=7
                ```
     assistant  ```submit         tool  passed
-               a=x*3
-               b=a*7
-               c=b+x
+               a*=3
+               b*=a
+               c+=7
                ```
 
-A submission is run on test inputs in a Python session of its own process.  What comes back is
-judged here, and the right program never goes there.  A line is judged by the values that came into
-it, so that a wrong line does not make a later one wrong: `b` above is right if it is 7 times the
-submitted `a`.  The task ends when all values are right; an answer without a call gives up.
+A submission is run on test values of its variables in a Python session of its own process.  What
+comes back is judged here, and the right program never goes there.  A line is judged by the values
+that came into it, so that a wrong line does not make a later one wrong: `b` above is right if it
+was multiplied by the submitted `a`.  The task ends when all values are right; an answer without a
+call gives up.
 
 Nothing tells which operator is right but trying, so the skill is to keep what works and never to
 try again what was seen to be wrong.  A demonstration (`expert`) behaves in one of three ways, drawn
@@ -42,7 +43,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -65,7 +66,7 @@ from rllib_gtpo_envs.common import (
     drawn_slip,
 )
 
-OPERATORS = "+-*%&|^"
+OPERATORS = "+-*&|^"
 DEMONSTRATIONS = {"careful": 0.1, "careless": 0.5, "give_up": 0.4}
 """Default weights of the behaviours in demonstrations."""
 SLIPS = {"repeat": 0.06, "malformed": 0.06}
@@ -75,26 +76,27 @@ PASSED = "passed"
 VARIABLES = "abcd"
 MARKUP = (
     "```submit\n",
-    "a=",
-    *(f"\n{variable}=" for variable in VARIABLES[1:]),
+    *(f"a{operator}=" for operator in OPERATORS),
+    *(f"\n{variable}{operator}=" for variable in VARIABLES[1:] for operator in OPERATORS),
     *(f" {variable}" for variable in VARIABLES),
     "wrong:",
     PASSED,
     GIVE_UP,
     UNCLOSED,
 )
-"""Tokens that keep turns short: `build_tokenizer(MARKUP)` for a model made from scratch."""
+"""Tokens for `build_tokenizer(MARKUP)`: with one for each variable and operator, turns are short
+and two layers can tell what was tried."""
 
-# Odd and even, small and large: no two operators agree on all of them.
-_INPUTS = (5, 9, 14, 23, 38, 61, 97, 120)
+# What a, b, c and d are at first: no two operators agree on all of them.
+_INPUTS = ((5, 23, 14, 9), (38, 6, 61, 27), (9, 97, 35, 120), (14, 75, 8, 43), (61, 10, 90, 7))
 # The bits of these overlap, so that +, | and ^ differ even on small values.
 _DIGITS = "3567"
-_LINE = re.compile(r"(\w)=(\w)([^\w])(\w)")
+_LINE = re.compile(r"(\w)(\W)=(\w)")
 _LIMITS = Limits(cpu_seconds=2.0, memory_mb=256, output_chars=4096)
 _RUN = """\
 _results = []
-for _x in {inputs}:
-    _values = {{"x": _x}}
+for _row in {inputs}:
+    _values = dict(zip({names!r}, _row))
     exec({code!r}, _values)
     _results.append([_values.get(name) for name in {names!r}])
 for _row in _results:
@@ -109,7 +111,7 @@ class Knobs:
     seed: Tasks are a function of it and of the split's name.
     lines: Fewest and most lines of a program, within 1 to 4.
     wrong: Fewest and most lines that are wrong at first, within 1 to 4.
-    operators: Those to choose from, two or more of "+-*%&|^".
+    operators: Those to choose from, two or more of "+-*&|^".
     spare_turns: Turns beyond what trying every operator takes.
     carelessness: Chance that a careless demonstration breaks the rule in a line.
     train, validation, test: Tasks in each split.
@@ -119,10 +121,10 @@ class Knobs:
     """
 
     seed: int = 0
-    lines: tuple[int, int] = (3, 4)
-    wrong: tuple[int, int] = (2, 3)
+    lines: tuple[int, int] = (4, 4)
+    wrong: tuple[int, int] = (3, 4)
     operators: str = OPERATORS
-    spare_turns: int = 1
+    spare_turns: int = 2
     carelessness: float = 0.3
     train: int = 8000
     validation: int = 256
@@ -228,10 +230,10 @@ class Repair(ScriptedEnv):
         """Run a program on the tests and see which lines are wrong.  code: the whole program."""
         assert self._session is not None and self.trajectory is not None, "reset() first"
         right = _program(str(self.trajectory.task["answer"]))
-        names = [line.variable for line in right]
+        names = "".join(line.variable for line in right)
         result = await self._session.arun(_RUN.format(inputs=_INPUTS, code=code, names=names))
         failed = result.status is not Status.OK
-        wrong = names if failed else _judged(right, _values(result.output, len(names)))
+        wrong = list(names) if failed else _judged(right, _values(result.output, len(names)))
         self._passed = self._passed or not wrong
         content = _verdict(wrong)
         if failed:  # the last line of a traceback says it all
@@ -302,29 +304,27 @@ class Notes:
             choice = [o for o in self._operators if (o != right if right else o in wrong)]
         else:
             choice = [right] if right else [o for o in self._operators if o not in wrong]
-        return Line(line.variable, line.first, rng.choice(choice or self._operators), line.second)
+        return replace(line, operator=rng.choice(choice or self._operators))
 
 
 @dataclass(frozen=True)
 class Line:
-    """`variable=first operator second`; an operand is an earlier variable, x or a digit."""
+    """`variable operator= operand`; the operand is another variable or a digit."""
 
     variable: str
-    first: str
     operator: str
-    second: str
+    operand: str
 
     def value(self, values: Mapping[str, int]) -> int:
-        """What the line computes from the variables before it."""
-        first, second = (int(o) if o.isdigit() else values[o] for o in (self.first, self.second))
-        return _OPERATIONS[self.operator](first, second)
+        """What the line makes of its variable."""
+        operand = int(self.operand) if self.operand.isdigit() else values[self.operand]
+        return _OPERATIONS[self.operator](values[self.variable], operand)
 
 
 _OPERATIONS = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
-    "%": lambda a, b: a % b,
     "&": lambda a, b: a & b,
     "|": lambda a, b: a | b,
     "^": lambda a, b: a ^ b,
@@ -336,14 +336,14 @@ def _program(text: str) -> list[Line]:
 
 
 def _text(program: Sequence[Line]) -> str:
-    return "\n".join(f"{x.variable}={x.first}{x.operator}{x.second}" for x in program)
+    return "\n".join(f"{line.variable}{line.operator}={line.operand}" for line in program)
 
 
 def _run(program: Sequence[Line]) -> list[list[int]]:
-    """The variables' values for each test input, worked out here."""
+    """The variables' values on each test, worked out here."""
     rows = []
-    for x in _INPUTS:
-        values = {"x": x}
+    for inputs in _INPUTS:
+        values = dict(zip(VARIABLES, inputs, strict=True))
         for line in program:
             values[line.variable] = line.value(values)
         rows.append([values[line.variable] for line in program])
@@ -351,7 +351,7 @@ def _run(program: Sequence[Line]) -> list[list[int]]:
 
 
 def _values(output: str, count: int) -> list[list[int | None]]:
-    """What a submission's run printed last: its variables' values for each test input."""
+    """What a submission's run printed last: its variables' values on each test."""
     rows = [
         [int(v) if re.fullmatch(r"-?\d{1,18}", v) else None for v in line.split(" ")]
         for line in output.rstrip("\n").split("\n")[-len(_INPUTS) :]
@@ -364,8 +364,8 @@ def _judged(right: Sequence[Line], rows: Sequence[Sequence[int | None]]) -> list
     """The variables whose values do not follow from the values before them."""
     wrong = []
     for index, line in enumerate(right):
-        for x, row in zip(_INPUTS, rows, strict=True):
-            values = {"x": x}
+        for inputs, row in zip(_INPUTS, rows, strict=True):
+            values = dict(zip(VARIABLES, inputs, strict=True))
             values |= {r.variable: v or 0 for r, v in zip(right[:index], row[:index], strict=True)}
             if row[index] != line.value(values):
                 wrong.append(line.variable)
@@ -385,18 +385,16 @@ def _rows(knobs: Knobs, split: str) -> tuple[Task, ...]:
 
 
 def _task(knobs: Knobs, rng: random.Random) -> Task | None:
-    right: list[Line] = []
-    for variable in VARIABLES[: rng.randint(*knobs.lines)]:
-        earlier = ["x", *(line.variable for line in right)]
-        first = rng.choice(earlier)
-        second = rng.choice(_DIGITS) if first == "x" or rng.random() < 0.5 else "x"
-        right.append(Line(variable, first, rng.choice(knobs.operators), second))
+    names = VARIABLES[: rng.randint(*knobs.lines)]
+    right = [
+        Line(name, rng.choice(knobs.operators), rng.choice([*_DIGITS, *names.replace(name, "")]))
+        for name in names
+    ]
     wrong = rng.sample(range(len(right)), rng.randint(*knobs.wrong))
     given = list(right)
     for index in wrong:
-        line = right[index]
-        others = [o for o in knobs.operators if o != line.operator]
-        given[index] = Line(line.variable, line.first, rng.choice(others), line.second)
+        others = knobs.operators.replace(right[index].operator, "")
+        given[index] = replace(right[index], operator=rng.choice(others))
     judged = _judged(right, _run(given))
     if judged != [right[index].variable for index in sorted(wrong)]:
         return None

@@ -15,8 +15,8 @@ SMALL = {"train": 300, "validation": 60, "test": 60}
 SPLITS = ("train", "validation", "test")
 TASK = {
     "id": "t",
-    "question": "a=x+3\nb=a*7\nc=b-x\nwrong: a c",
-    "answer": "a=x*3\nb=a*7\nc=b+x",
+    "question": "a+=3\nb*=a\nc-=7\nwrong: a c",
+    "answer": "a*=3\nb*=a\nc+=7",
     "wrong": 2,
 }
 
@@ -84,7 +84,7 @@ class TestTasks:
 
     def test_operators(self):
         for row in tasks(operators="+-*"):
-            assert not set("%&|^") & set(row["question"] + row["answer"])
+            assert not set("&|^") & set(row["question"] + row["answer"])
 
     def test_no_such_split(self):
         with pytest.raises(ConfigError, match="train, validation, test"):
@@ -95,7 +95,7 @@ class TestTasks:
     ("env_config", "message"),
     [
         ({"line": [3, 4]}, "did you mean 'lines'"),
-        ({"lines": [3, 5]}, "1 to 4"),
+        ({"lines": [4, 5]}, "1 to 4"),
         ({"lines": [2, 4], "wrong": [2, 3]}, "fewer lines"),
         ({"wrong": [0, 2]}, "1 to 4"),
         ({"operators": "+"}, "two or more"),
@@ -120,7 +120,7 @@ def test_bad_knobs_say_what_is_valid(env_config, message):
 
 class TestEnvironment:
     def test_it_ends_when_the_tests_pass(self):
-        first, second = "a=x*3\nb=a*7\nc=b&x", "a=x*3\nb=a*7\nc=b+x"
+        first, second = "a*=3\nb*=a\nc&=7", "a*=3\nb*=a\nc+=7"
         env, answers = submit(first, second)
         assert answers == ["wrong: c", "passed"]
         assert env.trajectory.stop_reason is StopReason.ENV_DONE
@@ -132,34 +132,34 @@ class TestEnvironment:
         assert env.trajectory.code == f"{first}\n{second}"
 
     def test_a_wrong_line_does_not_spoil_later_ones(self):
-        _, answers = submit("a=x-3\nb=a*7\nc=b+x", "a=x*3\nb=a+7\nc=b+x", "a=x-3\nb=a-7\nc=b-x")
+        _, answers = submit("a-=3\nb*=a\nc+=7", "a*=3\nb+=a\nc+=7", "a-=3\nb-=a\nc-=7")
         assert answers == ["wrong: a", "wrong: b", "wrong: a b c"]
 
     def test_any_program_with_the_right_values_passes(self):
-        code = "# tripled\nif x:\n    a = x + x + x\nb = sum([a] * 7); c = b - -x"
+        code = "# tripled\nif a:\n    a = a + a + a\nb = b * a; c = c - -7"
         assert submit(code)[1] == ["passed"]
 
     def test_a_missing_variable_is_wrong(self):
-        assert submit("a=x*3\nb=a*7")[1] == ["wrong: c"]
+        assert submit("a*=3\nb*=a\ndel c")[1] == ["wrong: c"]
 
     def test_nothing_is_remembered_from_one_submission_to_the_next(self):
-        assert submit("a=x*3\nb=a*7\nc=b+x-1", "b=a*7")[1][1].startswith("wrong: a b c")
+        assert submit("a*=3\nb*=a\nc+=6", "b*=a")[1][1].startswith("wrong: a b c")
 
     @pytest.mark.parametrize(
-        ("code", "error"), [("a=x*", "SyntaxError: invalid syntax"), ("a=y", "NameError: name 'y'")]
+        ("code", "error"), [("a*=", "SyntaxError: invalid syntax"), ("a=y", "NameError: name 'y'")]
     )
     def test_code_that_fails_is_no_format_error(self, code, error):
-        env, answers = submit(code, "a=x*3\nb=a*7\nc=b+x")
+        env, answers = submit(code, "a*=3\nb*=a\nc+=7")
         assert answers[0].startswith(f"wrong: a b c\n{error}")
         assert answers[1] == "passed"
         assert env.trajectory.turns[0].results[0].error is ToolError.RAISED
         assert env.trajectory.turns[0].rewards == {"format": 0.0}
 
     def test_giving_up_fails(self):
-        env, _ = play(call("a=x-3\nb=a*7\nc=b-x"), "give up")
+        env, _ = play(call("a-=3\nb*=a\nc-=7"), "give up")
         assert env.trajectory.stop_reason is StopReason.ANSWER
         assert env.trajectory.turns[-1].rewards == {"format": 0.0, "accuracy": 0.0}
-        env, _ = play("a=x*3\nb=a*7\nc=b+x")  # the right program, but not submitted
+        env, _ = play("a*=3\nb*=a\nc+=7")  # the right program, but not submitted
         assert env.trajectory.turns[-1].rewards == {"format": -0.1, "accuracy": 0.0}
 
     def test_an_unclosed_call_is_penalised_and_runs_nothing(self):
@@ -186,7 +186,7 @@ class TestEnvironment:
     def test_prompt(self):
         assert Repair().prompt(TASK) == TASK["question"]
         explained = Repair({"instructions": True}).prompt(TASK)
-        assert "a=x+3\nb=a*7\nc=b-x" in explained
+        assert "a+=3\nb*=a\nc-=7" in explained
         assert "wrong: a c" in explained
 
 
@@ -203,7 +203,7 @@ class TestHostileCode:
             "class Same:\n __eq__ = lambda *_: True\n __repr__ = lambda s: 'passed'\na=b=c=Same()",
             "import os; os.write(1, b'passed\\n'); os._exit(0)",
             "a=b=c=10**5000",
-            "while True: x += 1",
+            "while True: a += 1",
             "a='1'*10**10",
             "print('9 9 9\\n' * 100)",
             "_results.clear()",
@@ -212,7 +212,7 @@ class TestHostileCode:
         ],
     )
     def test_it_fails_and_the_next_submission_is_judged_as_ever(self, code):
-        env, answers = submit(code, "a=x*3\nb=a*7\nc=b-x", TASK["answer"])
+        env, answers = submit(code, "a*=3\nb*=a\nc-=7", TASK["answer"])
         assert answers[0].startswith("wrong: a b c")
         assert answers[2] == "passed"
         assert env.trajectory.stop_reason is StopReason.ENV_DONE
@@ -228,7 +228,7 @@ class TestHostileCode:
             "import sys, os, gc\nf = sys._getframe()\nseen = ''\n"
             "while f:\n    seen += repr(f.f_locals) + repr(f.f_globals)\n    f = f.f_back\n"
             "seen += repr(sys.argv) + repr(os.environ) + repr(gc.get_objects())\n"
-            "raise SystemError('x' + chr(42) + '3' in seen)"
+            "raise SystemError('a' + chr(42) + '=3' in seen)"
         )
         _, answers = submit(code)
         assert answers[0].endswith("SystemError: False")
@@ -311,4 +311,4 @@ def test_the_markup_keeps_turns_short():
     for row in env.tasks("train")[:50]:
         for message in next(iter(env.expert(row))):
             tokens = len(tokenizer.encode(message["content"]))
-            assert tokens <= (18 if message["role"] == "assistant" else 5), message
+            assert tokens <= (10 if message["role"] == "assistant" else 5), message
