@@ -13,6 +13,8 @@ from typing import Any
 
 from rllib_gtpo import ToolEnv
 from rllib_gtpo_envs import Calculator, Lookup, Repair
+from rllib_gtpo_envs.lookup import MARKUP as LOOKUP_TOKENS
+from rllib_gtpo_envs.repair import MARKUP as REPAIR_TOKENS
 
 SEEDS = (0, 1, 2, 3, 4)
 EVALUATIONS = 3  # held-out evaluations after the one at the start, evenly spaced in sampled tokens
@@ -32,7 +34,7 @@ class StudyTask:
     budget: int
     cold_start: Mapping[str, Any]
     training: Mapping[str, Any] = field(
-        default_factory=lambda: {"lr": 3e-4, "group_size": 8, "groups_per_step": 8}
+        default_factory=lambda: {"lr": 2e-4, "group_size": 8, "groups_per_step": 8}
     )
     extra_tokens: tuple[str, ...] = ()  # of the tokenizer
 
@@ -71,24 +73,63 @@ class Study:
         return [self.run(t, a, s) for s in self.seeds for t in self.tasks for a in self.arms]
 
 
+_RARE_CHAINS = {
+    "solve": 0.08,
+    "retry": 0.08,
+    "malformed": 0.10,
+    "guess": 0.18,
+    "stop_early": 0.30,
+    "ignore_error": 0.26,
+}
 TASKS = {
     # Six calls that depend on each other and an answer; one demonstration in four gets there.
     "chain": StudyTask(
         Calculator,
         {
             "operations": [4, 6],
-            "demonstrations": {
-                "solve": 0.08,
-                "retry": 0.08,
-                "malformed": 0.10,
-                "guess": 0.18,
-                "stop_early": 0.30,
-                "ignore_error": 0.26,
-            },
+            "demonstrations": _RARE_CHAINS,
         },
         max_turn_tokens=24,
-        budget=64_000,
+        budget=40_000,
         cold_start={"data": "expert", "steps": 900, "batch_size": 24, "lr": 2e-3},
+    ),
+    # A wrong turn shows only in the value that it ends with.
+    "lookup": StudyTask(
+        Lookup,
+        {
+            "hops": [4, 6],
+            "decoys": 2,
+            "demonstrations": {"solve": 0.25, "wrong_turn": 0.35, "stop_early": 0.25, "guess": 0.15},
+            "slips": {"typo": 0.08, "malformed": 0.06},
+        },
+        max_turn_tokens=16,
+        budget=40_000,
+        cold_start={"data": "expert", "steps": 1000, "batch_size": 32, "lr": 2e-3},
+        extra_tokens=LOOKUP_TOKENS,
+    ),
+    # What was seen to be wrong must not be tried again, and what is right must stay.
+    "repair": StudyTask(
+        Repair,
+        {
+            "operators": "+-*",
+            "lines": [3, 3],
+            "wrong": [2, 2],
+            "spare_turns": 4,
+            "demonstrations": {"careful": 0.1, "careless": 0.5, "give_up": 0.4},
+            "slips": {"repeat": 0.06, "malformed": 0.06},
+        },
+        max_turn_tokens=24,
+        budget=40_000,
+        cold_start={"data": "expert", "steps": 600, "batch_size": 32, "lr": 2e-3},
+        extra_tokens=REPAIR_TOKENS,
+    ),
+    # Short enough for a limit of 4 turns, with none to spare there.
+    "short_chain": StudyTask(
+        Calculator,
+        {"operations": [2, 3], "demonstrations": _RARE_CHAINS},
+        max_turn_tokens=24,
+        budget=25_000,
+        cold_start={"data": "expert", "steps": 700, "batch_size": 24, "lr": 2e-3},
     ),
 }
 
@@ -134,13 +175,25 @@ STUDIES = {
     ),
     "normalize": Study(
         "Over which set should returns be normalised?",
-        ("lookup",),
+        ("chain",),
         {mode: {**UNSHAPED, **_normalize(mode)} for mode in NORMALIZE},
         baselines=("group",),
+        seeds=SEEDS[:3],
+    ),
+    "groups": Study(
+        "Should groups without a contrast be trained on?",
+        ("chain",),
+        {
+            "keep": UNSHAPED,
+            "drop_solved": {**UNSHAPED, "uniform_groups": "drop_solved"},
+            "drop": {**UNSHAPED, "uniform_groups": "drop"},
+        },
+        baselines=("keep",),
+        seeds=SEEDS[:3],
     ),
     "gamma": Study(
         "Does the best gamma depend on the turn limit?",
-        ("lookup",),
+        ("short_chain",),
         {
             f"gamma {gamma} limit {limit}": {**UNSHAPED, **_gamma(gamma), "max_turns": limit}
             for limit in LIMITS
