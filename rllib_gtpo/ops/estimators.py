@@ -44,12 +44,13 @@ def leave_one_out(turns: Turns, values_N: Tensor, weight_N: Tensor) -> TurnCredi
 
     0 without others, and exactly 0 in a group without spread.
     """
-    weighted_N, own = weight_N * values_N, turns.rows.segments
-    others_N = turns.group.total(weighted_N) - own.total(weighted_N)
-    weights_N = turns.group.total(weight_N) - own.total(weight_N)
+    own = turns.rows.segments
+    mean_N, std_N = spread_N(values_N, weight_N, turns.group)
+    total_N = turns.group.total(weight_N)
+    others_N = mean_N * total_N - own.total(weight_N * values_N)
+    weights_N = total_N - own.total(weight_N)
     alone_N = turns.group.total(turns.first_N) < 1.5
     baseline_N = torch.where(alone_N, values_N, others_N / torch.where(alone_N, 1.0, weights_N))
-    std_N = spread_N(values_N, weight_N, turns.group)[1]
     advantages_N = torch.where(std_N < EPSILON, 0.0, values_N - baseline_N)
     return TurnCredit(values_N, baseline_N, torch.ones_like(values_N), advantages_N)
 
@@ -79,7 +80,9 @@ def gtpo(
 
     `normalize` names the set: all turns of the prompt, turn k of the prompt's trajectories (so does
     "turn_index"; each has one row there, hence no weighting), all turns of the step over all
-    learners, the prompt's first returns, the prompt's other trajectories, or nothing.
+    learners, the prompt's first returns, the prompt's other trajectories, or nothing.  With
+    "first_return" later turns are not in the set that divides them: where first returns hardly
+    differ, their advantages have no bound.
 
     Degenerate case: a set of one row, or of equal returns, gives 0; with gamma < 1 a solved group
     is not such a set, and still prefers fewer turns.

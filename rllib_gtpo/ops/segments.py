@@ -105,10 +105,10 @@ def check_rows(name: str, values: Tensor, like: Tensor | None = None, *, integer
 
 def check_constant(name: str, values_N: Tensor, rows: TrajectoryRows, hint: str) -> None:
     """Raise ValueError naming the first row whose value differs from its trajectory's first row."""
-    first_N = values_N[rows.start_S][rows.segments.index_N]
-    if not torch.equal(values_N, first_N):
-        row = int(torch.nonzero(values_N != first_N)[0])
+    changed_N = (values_N[1:] != values_N[:-1]) & (rows.position_N[1:] > 0)
+    if bool(changed_N.any()):
+        row = int(torch.nonzero(changed_N)[0]) + 1
         raise ValueError(
             f"row {row}: {name} is {values_N[row].item()} where the trajectory's earlier rows "
-            f"have {first_N[row].item()}; {hint}"
+            f"have {values_N[row - 1].item()}; {hint}"
         )

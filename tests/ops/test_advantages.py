@@ -209,6 +209,20 @@ def test_float32_is_only_the_outside() -> None:
 
 
 @each_variant
+def test_inputs_are_not_written_to(variant: dict[str, Any]) -> None:
+    columns = {
+        "rewards": torch.tensor(HAND.rewards, dtype=torch.float64),
+        "trajectory": torch.tensor(HAND.trajectory),
+        "group": torch.tensor(HAND.group),
+        "outcome": torch.tensor(HAND.outcome, dtype=torch.float64),
+        "anchor": torch.tensor(HAND.anchor),
+    }
+    before = {name: column.clone() for name, column in columns.items()}
+    turn_credit(**columns, **variant)
+    assert all(torch.equal(columns[name], before[name]) for name in columns)
+
+
+@each_variant
 def test_no_rows(variant: dict[str, Any]) -> None:
     credit = Batch([], [], [], [], []).credit(torch.float32, **variant)
     for name in ("returns", "baseline", "scale", "advantages"):

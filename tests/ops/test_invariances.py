@@ -133,8 +133,9 @@ def test_scale(variant: dict[str, Any], batch: Batch) -> None:
         batch.anchor,
     )
     before, after = batch.credit(**variant).advantages, tripled.credit(**variant).advantages
-    # rewards differ by 0.01 or more, hence a std well above 1e-6
-    assert_near(after, before * (3 if without_std(variant) else 1), atol=1e-3)
+    expected = before * (3 if without_std(variant) else 1)
+    # returns that differ at all do so by 2.5e-4 or more, where 1e-6 beside their std is below 2%
+    torch.testing.assert_close(after, expected, rtol=0.02, atol=1e-3)
 
 
 @settings(max_examples=15, deadline=None)

@@ -142,6 +142,14 @@ def test_extreme_ratios_stay_finite() -> None:
             assert metrics["ratio/max_abs_log"].item() == 1e4
 
 
+def test_ratios_are_bounded_at_e_to_the_20() -> None:
+    loss, gradient, metrics = one_token(1e4, -1.0)
+    assert loss == pytest.approx(math.exp(20))
+    assert gradient == 0.0
+    assert metrics["ratio/mean"].item() == pytest.approx(math.exp(20))
+    assert one_token(19.0, -1.0)[1] == pytest.approx(math.exp(19))
+
+
 def test_without_anchor_the_ratio_is_one() -> None:
     batch = for_objective(make(), tokens())
     batch["anchor_logprobs"] = None

@@ -53,6 +53,13 @@ def test_leaving_one_out_weighs_the_others_as_asked() -> None:
     assert_near(weighted.baseline[:1], [0.5])
 
 
+def test_first_returns_that_hardly_differ_blow_up_the_later_turns() -> None:
+    """Their std divides what they do not bound; over all turns |advantage| < sqrt(rows)."""
+    batch = group([-0.4999, 0.25, -0.25 / 0.9, 0], [-0.5])
+    assert batch.credit(normalize="first_return").advantages.abs().max() > 1000
+    assert batch.credit().advantages.abs().max() < 5**0.5
+
+
 @pytest.mark.parametrize(
     ("estimator", "speaks"),
     [("gtpo", True), ("grpo_sum", True), ("dr_grpo", True), ("grpo", False)],
