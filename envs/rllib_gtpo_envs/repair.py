@@ -3,12 +3,12 @@
     user       a+=3
                b*=a
                c-=7
-               a wrong
-               b ok
-               c wrong
-    assistant  ```submit         tool  a ok
-               a*=3                    b ok
-               b*=a                    c wrong
+               a+= wrong
+               b*= ok
+               c-= wrong
+    assistant  ```submit         tool  a*= ok
+               a*=3                    b*= ok
+               b*=a                    c&= wrong
                c&=7
                ```
     assistant  ```submit         tool  passed
@@ -80,7 +80,6 @@ MARKUP = (
     "```submit\n",
     *(f"a{operator}=" for operator in OPERATORS),
     *(f"\n{variable}{operator}=" for variable in VARIABLES[1:] for operator in OPERATORS),
-    *(f"\n{variable}" for variable in VARIABLES),
     " wrong",
     " ok",
     PASSED,
@@ -208,7 +207,7 @@ class Repair(ScriptedEnv):
             f"Some operators of this program are wrong:\n{program}\nIts tests say:\n{report}\n"
             f"The right operators are among {' '.join(self.knobs.operators)}. Submit the whole "
             f"program with other operators in the wrong lines:\n{self.call(program)}\nThe submit "
-            "tool runs it and says which lines are still wrong. Never try again what was wrong before."
+            "tool runs it and says which lines are still wrong. Never try what was wrong before."
         )
 
     def reward(self, trajectory: Trajectory, task: Task) -> dict[str, float]:
@@ -238,7 +237,7 @@ class Repair(ScriptedEnv):
         failed = result.status is not Status.OK
         wrong = list(names) if failed else _judged(right, _values(result.output, len(names)))
         self._passed = self._passed or not wrong
-        content = _report(right, wrong)
+        content = _report(code, names, wrong)
         if failed:  # the last line of a traceback says it all
             content += "\n" + result.output.strip().rpartition("\n")[2]
         return ToolResult("submit", content, ToolError.RAISED if failed else None)
@@ -266,10 +265,7 @@ class Repair(ScriptedEnv):
         for _ in range(self.turn_limit):
             slip = drawn_slip(self.knobs.slips, rng)
             if slip == "repeat":
-                messages += [
-                    assistant(self.call(_text(program))),
-                    answered(_report(program, wrong)),
-                ]
+                messages += self._submitted(program, wrong)
                 continue
             if patience <= 0:
                 return [*messages, assistant(GIVE_UP)]
@@ -279,10 +275,14 @@ class Repair(ScriptedEnv):
                 continue
             program, patience = changed, patience - 1
             wrong = notes.take(program, _judged(right, _run(program)))
-            messages += [assistant(self.call(_text(program))), answered(_report(program, wrong))]
+            messages += self._submitted(program, wrong)
             if not wrong:
                 break
         return messages
+
+    def _submitted(self, program: Sequence[Line], wrong: Sequence[str]) -> list[Message]:
+        code, names = _text(program), [line.variable for line in program]
+        return [assistant(self.call(code)), answered(_report(code, names, wrong))]
 
 
 class Notes:
@@ -379,13 +379,12 @@ def _judged(right: Sequence[Line], rows: Sequence[Sequence[int | None]]) -> list
     return wrong
 
 
-def _report(program: Sequence[Line], wrong: Sequence[str]) -> str:
+def _report(code: str, names: Iterable[str], wrong: Sequence[str]) -> str:
     """What the model sees; as long as the program, so that everything has its place."""
     if not wrong:
         return PASSED
-    return "\n".join(
-        f"{line.variable} {'wrong' if line.variable in wrong else 'ok'}" for line in program
-    )
+    heads = {match[1]: match[0] for match in re.finditer(r"^(\w)\W*=", code, re.MULTILINE)}
+    return "\n".join(f"{heads.get(n, n)} {'wrong' if n in wrong else 'ok'}" for n in names)
 
 
 def _halves(task: Task) -> tuple[str, str]:
@@ -416,7 +415,7 @@ def _task(knobs: Knobs, rng: random.Random) -> Task | None:
     if judged != [right[index].variable for index in sorted(wrong)]:
         return None
     return {
-        "question": f"{_text(given)}\n{_report(right, judged)}",
+        "question": f"{_text(given)}\n{_report(_text(given), names, judged)}",
         "answer": _text(right),
         "wrong": len(wrong),
     }

@@ -15,7 +15,7 @@ SMALL = {"train": 300, "validation": 60, "test": 60}
 SPLITS = ("train", "validation", "test")
 TASK = {
     "id": "t",
-    "question": "a+=3\nb*=a\nc-=7\na wrong\nb ok\nc wrong",
+    "question": "a+=3\nb*=a\nc-=7\na+= wrong\nb*= ok\nc-= wrong",
     "answer": "a*=3\nb*=a\nc+=7",
     "wrong": 2,
 }
@@ -25,8 +25,10 @@ def tasks(split="train", **env_config):
     return list(Repair({**SMALL, **env_config}).tasks(split))
 
 
-def report(wrong, names="abc"):
-    return "\n".join(f"{name} {'wrong' if name in wrong else 'ok'}" for name in names)
+def report(code, wrong):
+    """What the tool says to lines such as `a+=3`."""
+    heads = [line[:3] for line in code.split("\n")]
+    return "\n".join(f"{head} {'wrong' if head[0] in wrong else 'ok'}" for head in heads)
 
 
 def halves(question):
@@ -82,7 +84,7 @@ class TestTasks:
             given = program.split("\n")
             right = row["answer"].split("\n")
             differ = [r for g, r in zip(given, right, strict=True) if g != r]
-            assert said == report([line[0] for line in differ], "abcd"[: len(given)])
+            assert said == report(program, [line[0] for line in differ])
             assert row["wrong"] == len(differ) in (1, 2)
             assert len(given) in (2, 3, 4)
 
@@ -133,7 +135,7 @@ class TestEnvironment:
     def test_it_ends_when_the_tests_pass(self):
         first, second = "a*=3\nb*=a\nc&=7", "a*=3\nb*=a\nc+=7"
         env, answers = submit(first, second)
-        assert answers == [report("c"), "passed"]
+        assert answers == [report(first, "c"), "passed"]
         assert env.trajectory.stop_reason is StopReason.ENV_DONE
         assert [t.rewards for t in env.trajectory.turns] == [
             {"format": 0.0},
@@ -143,25 +145,26 @@ class TestEnvironment:
         assert env.trajectory.code == f"{first}\n{second}"
 
     def test_a_wrong_line_does_not_spoil_later_ones(self):
-        _, answers = submit("a-=3\nb*=a\nc+=7", "a*=3\nb+=a\nc+=7", "a-=3\nb-=a\nc-=7")
-        assert answers == [report("a"), report("b"), report("abc")]
+        codes = ["a-=3\nb*=a\nc+=7", "a*=3\nb+=a\nc+=7", "a-=3\nb-=a\nc-=7"]
+        _, answers = submit(*codes)
+        assert answers == [report(codes[0], "a"), report(codes[1], "b"), report(codes[2], "abc")]
 
     def test_any_program_with_the_right_values_passes(self):
         code = "# tripled\nif a:\n    a = a + a + a\nb = b * a; c = c - -7"
         assert submit(code)[1] == ["passed"]
 
     def test_a_missing_variable_is_wrong(self):
-        assert submit("a*=3\nb*=a\ndel c")[1] == [report("c")]
+        assert submit("a*=3\nb*=a\ndel c")[1] == ["a*= ok\nb*= ok\nc wrong"]
 
     def test_nothing_is_remembered_from_one_submission_to_the_next(self):
-        assert submit("a*=3\nb*=a\nc+=6", "b*=a")[1][1] == report("ac")
+        assert submit("a*=3\nb*=a\nc+=6", "b*=a")[1][1] == "a wrong\nb*= ok\nc wrong"
 
     @pytest.mark.parametrize(
         ("code", "error"), [("a*=", "SyntaxError: invalid syntax"), ("a=y", "NameError: name 'y'")]
     )
     def test_code_that_fails_is_no_format_error(self, code, error):
         env, answers = submit(code, "a*=3\nb*=a\nc+=7")
-        assert answers[0].startswith(f"{report('abc')}\n{error}")
+        assert "ok" not in answers[0] and f"c wrong\n{error}" in answers[0]
         assert answers[1] == "passed"
         assert env.trajectory.turns[0].results[0].error is ToolError.RAISED
         assert env.trajectory.turns[0].rewards == {"format": 0.0}
@@ -198,7 +201,7 @@ class TestEnvironment:
         assert Repair().prompt(TASK) == TASK["question"]
         explained = Repair({"instructions": True}).prompt(TASK)
         assert "a+=3\nb*=a\nc-=7" in explained
-        assert report("ac") in explained
+        assert "a+= wrong\nb*= ok\nc-= wrong" in explained
 
 
 class TestHostileCode:
@@ -224,13 +227,14 @@ class TestHostileCode:
     )
     def test_it_fails_and_the_next_submission_is_judged_as_ever(self, code):
         env, answers = submit(code, "a*=3\nb*=a\nc-=7", TASK["answer"])
-        assert answers[0].startswith(report("abc"))
+        assert answers[0].count(" wrong") == 3
         assert answers[2] == "passed"
         assert env.trajectory.stop_reason is StopReason.ENV_DONE
 
     def test_code_that_breaks_its_own_process_harms_no_other_trajectory(self):
         code = "import builtins; builtins.print = lambda *_: None"
-        assert submit(code, TASK["answer"])[1] == [report("abc")] * 2
+        answers = submit(code, TASK["answer"])[1]
+        assert all(answer.count(" wrong") == 3 for answer in answers)
         assert submit(TASK["answer"])[1] == ["passed"]
 
     def test_the_right_program_is_not_where_the_code_runs(self):
