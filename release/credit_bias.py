@@ -36,9 +36,9 @@ from bias.process import Process, accuracy, gradient, total, trained
 from bias.processes import PROCESSES, errand, shaping
 from bias.shaping import GROUP_SIZE as SHAPING_GROUP_SIZE
 from bias.shaping import Shaped, shaped_figures, shaped_groups, trained_without_noise
-from bias.tables import SHOWN, write_tables
+from bias.tables import SHOWN, tables
 from bias.variants import MODES, Variant, all_variants, gtpo
-from results import Report
+from results import Report, renewed
 
 Row = dict[str, Any]
 GROUP_SIZE = 4
@@ -230,7 +230,8 @@ def main() -> int:
         measured_here = {metric for row in report.rows for metric in row}
         report.thresholds = {m: b for m, b in THRESHOLDS.items() if m in measured_here}
     if args.markdown:
-        write_tables(args.markdown, report.rows)
+        text = args.markdown.read_text()
+        args.markdown.write_text(renewed(text, tables(report.rows)))
     return report.finish(args.json)
 
 

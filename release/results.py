@@ -1,11 +1,14 @@
-"""What every script here reports: a table, a JSON file, and an exit code."""
+"""What every script here reports: a table, a JSON file, and an exit code; and tables in the docs,
+which are written by the scripts so that they cannot drift from the results."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,23 @@ class Report:
             text = json.dumps(result, indent=1)
             file.write_text(text.replace('"metrics": []', f'"metrics": [\n{rows}\n ]', 1) + "\n")
         return 1 if misses else 0
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def renewed(text: str, tables: Mapping[str, str]) -> str:
+    """`text` with each table between `<!-- table: NAME -->` and `<!-- end -->` written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        if match[1] not in tables:
+            raise ValueError(f"no table is called {match[1]!r}; there are: {', '.join(tables)}")
+        return f"<!-- table: {match[1]} -->\n{tables[match[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (.+?) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 def _short(value: Any) -> str:

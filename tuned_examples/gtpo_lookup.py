@@ -20,7 +20,7 @@ from rllib_gtpo.models import build_tokenizer
 from rllib_gtpo_envs import Lookup
 from rllib_gtpo_envs.lookup import MARKUP
 
-ITERATIONS = 30
+ITERATIONS = 20
 
 config = (
     GTPOConfig()
@@ -31,7 +31,7 @@ config = (
         cold_start={"data": "expert", "steps": 1000, "batch_size": 32, "lr": 2e-3},
     )
     .rollouts(max_turn_tokens=16)
-    .training(lr=3e-4, group_size=8, groups_per_step=8)
+    .training(lr=2e-4, group_size=8, groups_per_step=8)
     .evaluation(evaluation_interval=ITERATIONS, evaluation_duration=256, split="test")
     .debugging(seed=0)
 )

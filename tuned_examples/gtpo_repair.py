@@ -1,7 +1,7 @@
 """GTPO on the repair task: a tiny model learns not to try again what was seen to be wrong.
 
-What: programs of four lines, three or four of which have a wrong operator.  Each submission is run,
-and the answer says which lines are still wrong; the task ends when none is.  The policy is a Qwen2
+What: programs of three lines, two of which have a wrong operator.  Each submission is run, and the
+answer says which lines are still wrong; the task ends when none is.  The policy is a Qwen2
 of 0.3 M parameters made from a config, with a tokenizer that has a token for each operator in each
 line.
 
@@ -20,7 +20,7 @@ from rllib_gtpo.models import build_tokenizer
 from rllib_gtpo_envs import Repair
 from rllib_gtpo_envs.repair import MARKUP
 
-ITERATIONS = 30
+ITERATIONS = 20
 
 config = (
     GTPOConfig()
@@ -28,10 +28,10 @@ config = (
     .language_model(
         tokenizer=build_tokenizer(MARKUP),
         call_format="fenced",
-        cold_start={"data": "expert", "steps": 1000, "batch_size": 32, "lr": 2e-3},
+        cold_start={"data": "expert", "steps": 600, "batch_size": 32, "lr": 2e-3},
     )
     .rollouts(max_turn_tokens=24)
-    .training(lr=3e-4, group_size=8, groups_per_step=8)
+    .training(lr=2e-4, group_size=8, groups_per_step=8)
     .evaluation(evaluation_interval=ITERATIONS, evaluation_duration=256, split="test")
     .debugging(seed=0)
 )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
+
+from results import markdown
 
 Row = dict[str, Any]
 POLICIES = ("uniform", "trained")
@@ -56,12 +56,6 @@ def degrees(row: Row, name: str = "angle") -> str:
 def trajectories(row: Row) -> str:
     """How many make signal as large as noise."""
     return told(row, "trajectories")
-
-
-def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def by_process(rows: Sequence[Row], table: str, cell: Callable[[Row], str]) -> str:
@@ -165,20 +159,3 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
         "gamma": gamma_table(rows),
         "shaping": shaping_table(rows),
     }
-
-
-def renewed(text: str, rows: Sequence[Row]) -> str:
-    """`text` with each table between `<!-- table: NAME -->` and `<!-- end -->` written anew."""
-    made = tables(rows)
-
-    def block(match: re.Match[str]) -> str:
-        if match[1] not in made:
-            raise ValueError(f"no table is called {match[1]!r}; there are: {', '.join(made)}")
-        return f"<!-- table: {match[1]} -->\n{made[match[1]]}\n<!-- end -->"
-
-    return re.sub(r"<!-- table: (.+?) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
-
-
-def write_tables(file: Path, rows: Sequence[Row]) -> None:
-    """Renews the tables in a file."""
-    file.write_text(renewed(file.read_text(), rows))

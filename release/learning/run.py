@@ -4,7 +4,7 @@
     python release/learning/run.py --full               # all studies, hours; stop and go on at will
     python release/learning/run.py --study credit shaping
     python release/learning/run.py --tables             # no training: tables of what is there
-    python release/learning/run.py --full --json FILE   # also writes results, and a plot each
+    python release/learning/run.py --full --json FILE --markdown PAGE  # results, plots, tables
 
 Every finished run is a file of its own in `--folder`, so a stopped study goes on with what is
 missing.  `--quick` trains a stated part of the credit study (see `QUICK`) and compares it with the
@@ -30,11 +30,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a worker computes the same with or withou
 
 from release.learning import tables, training
 from release.learning.study import STUDIES, Run
-from release.results import Report
+from release.results import Report, renewed
 
 ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "release" / "results" / "learning_runs.jsonl"
-QUICK = ("credit", "lookup", ("gtpo", "grpo", "grpo_sum"), (0,))
+QUICK = ("credit", "repair", ("gtpo", "gtpo_unshaped", "grpo", "grpo_sum"), (0,))
 TOLERANCE = 0.12  # of a final accuracy: three standard errors of a difference of 256 problems each
 
 
@@ -73,15 +73,20 @@ def _described(run: Run) -> str:
     return f"{run.task} seed {run.seed} {settings}"
 
 
-def report_studies(names: Sequence[str], folder: Path, results: Path | None) -> int:
-    """Tables of what is there, and with `results` a JSON file, every run's figures and plots."""
+def report_studies(
+    names: Sequence[str], folder: Path, results: Path | None, docs: Path | None
+) -> int:
+    """Tables of what is there; with `results` a JSON file, every run's figures, and plots; with
+    `docs` the tables of that page."""
     report = Report("learning", {"runs_missing": {"max": 0}}, [])
     runs: list[dict[str, Any]] = []
+    shown: dict[str, str] = {}
     for name in names:
         study = STUDIES[name]
         values, rows = tables.read(study, folder)
         compared = tables.compare(study, values)
-        print(f"\n## {name}: {study.question}\n\n{tables.markdown(study, compared)}\n")
+        shown[name] = tables.table(study, compared)
+        print(f"\n## {name}: {study.question}\n\n{shown[name]}\n")
         if results is not None and rows:
             tables.plot(name, values, results.with_name(f"{results.stem}_{name}.png"))
         missing = len(study.runs()) - len(rows)
@@ -92,6 +97,8 @@ def report_studies(names: Sequence[str], folder: Path, results: Path | None) -> 
     if results is not None:
         lines = [json.dumps(row) + "\n" for row in runs]
         results.with_name(f"{results.stem}_runs.jsonl").write_text("".join(lines))
+    if docs is not None:
+        docs.write_text(renewed(docs.read_text(), shown))
     return report.finish(results)
 
 
@@ -133,6 +140,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "learning")
     parser.add_argument("--workers", type=int, default=2, help="one core each (default 2)")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="renew the tables in FILE")
     args = parser.parse_args()
     quick = not (args.full or args.study or args.tables) or args.quick
     names = list(args.study or STUDIES)
@@ -147,7 +155,7 @@ def main() -> int:
         return 2
     if quick:
         return report_quick(args.folder, args.json)
-    return report_studies(names, args.folder, args.json)
+    return report_studies(names, args.folder, args.json, args.markdown)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,12 @@ TASKS = {
         {
             "hops": [4, 6],
             "decoys": 2,
-            "demonstrations": {"solve": 0.25, "wrong_turn": 0.35, "stop_early": 0.25, "guess": 0.15},
+            "demonstrations": {
+                "solve": 0.25,
+                "wrong_turn": 0.35,
+                "stop_early": 0.25,
+                "guess": 0.15,
+            },
             "slips": {"typo": 0.08, "malformed": 0.06},
         },
         max_turn_tokens=16,

@@ -12,6 +12,7 @@ import numpy as np
 from release.learning.intervals import area, difference, mean_interval, relative_gain, sign_flip_p
 from release.learning.study import STUDIES, Study
 from release.learning.training import record_of
+from release.results import markdown
 
 METRICS = ("final", "area")
 _LABEL = {"final": "final accuracy", "area": "area under the curve"}
@@ -112,20 +113,20 @@ def _against(name: str, pairs: Sequence[tuple[list[float], list[float]]]) -> dic
     }
 
 
-def markdown(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
+def table(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of a study, as the docs show it."""
-    heads = ["task", "arm", "seeds", "start", *(_LABEL[m] for m in METRICS)]
+    head = ["task", "arm", "seeds", "start", *(_LABEL[m] for m in METRICS)]
     for baseline in study.baselines:
-        heads += [f"final - {baseline}", f"area - {baseline}", f"area gain over {baseline}"]
-    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
+        head += [f"final - {baseline}", f"area - {baseline}", f"area gain over {baseline}"]
+    body = []
     for row in rows:
         cells = [row["task"], row["arm"], str(row["seeds"]), _number(row.get("start"))]
         cells += [_with(row[m], row.get(f"{m}_interval")) for m in METRICS]
         for baseline in study.baselines:
             cells += [_interval(row.get(f"{m}_vs_{baseline}")) for m in METRICS]
             cells.append(_percent(row.get(f"area_vs_{baseline}_relative")))
-        lines.append(" | ".join(cells))
-    return "\n".join(f"| {line} |" for line in lines)
+        body.append(cells)
+    return markdown(head, body)
 
 
 def _number(value: float | None) -> str:

@@ -127,4 +127,4 @@ def test_a_tiny_study_trains_resumes_and_reports(ray_session, tmp_path, monkeypa
     assert rows[0]["start"] == rows[2]["start"]  # arms of a seed start from one model
     compared = tables.compare(planned, values)
     assert {"final_vs_b", "area_vs_b_relative"} <= set(compared[0])
-    assert "| chain | a | 2 |" in tables.markdown(planned, compared)
+    assert "| chain | a | 2 |" in tables.table(planned, compared)
