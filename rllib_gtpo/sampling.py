@@ -56,7 +56,7 @@ def sample_step(
     budget: int,
     keeps: Callable[[Group], bool],
 ) -> Step:
-    """Samples until `wanted` groups are kept, or `budget` more have been sampled in vain.
+    """Samples `wanted` groups, and up to `budget` more until `wanted` ones are kept.
 
     sample_next: Samples the next so many tasks.  Those that cannot be used, and groups that stay
         incomplete, are replaced without being counted as part of the budget.
