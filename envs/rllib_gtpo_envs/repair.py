@@ -3,10 +3,12 @@
     user       a+=3
                b*=a
                c-=7
-               wrong: a c
-    assistant  ```submit         tool  wrong: c
-               a*=3
-               b*=a
+               a+= wrong
+               b*= ok
+               c-= wrong
+    assistant  ```submit         tool  a*= ok
+               a*=3                    b*= ok
+               b*=a                    c&= wrong
                c&=7
                ```
     assistant  ```submit         tool  passed
@@ -78,8 +80,8 @@ MARKUP = (
     "```submit\n",
     *(f"a{operator}=" for operator in OPERATORS),
     *(f"\n{variable}{operator}=" for variable in VARIABLES[1:] for operator in OPERATORS),
-    *(f" {variable}" for variable in VARIABLES),
-    "wrong:",
+    " wrong",
+    " ok",
     PASSED,
     GIVE_UP,
     UNCLOSED,
@@ -121,11 +123,11 @@ class Knobs:
     """
 
     seed: int = 0
-    lines: tuple[int, int] = (3, 3)
+    lines: tuple[int, int] = (4, 4)
     wrong: tuple[int, int] = (2, 2)
     operators: str = "+-*"
     spare_turns: int = 4
-    carelessness: float = 0.3
+    carelessness: float = 0.25
     train: int = 8000
     validation: int = 256
     test: int = 256
@@ -200,12 +202,12 @@ class Repair(ScriptedEnv):
         explanation."""
         if not self.knobs.instructions:
             return str(task["question"])
-        program, _, wrong = str(task["question"]).rpartition("\n")
+        program, report = _halves(task)
         return (
-            f"Some operators of this program are wrong:\n{program}\nIts tests say: {wrong}. The "
-            f"right operators are among {' '.join(self.knobs.operators)}. Submit the whole program "
-            f"with other operators in the wrong lines:\n{self.call(program)}\nThe submit tool runs "
-            "it and says which lines are still wrong. Never try again what was wrong before."
+            f"Some operators of this program are wrong:\n{program}\nIts tests say:\n{report}\n"
+            f"The right operators are among {' '.join(self.knobs.operators)}. Submit the whole "
+            f"program with other operators in the wrong lines:\n{self.call(program)}\nThe submit "
+            "tool runs it and says which lines are still wrong. Never try what was wrong before."
         )
 
     def reward(self, trajectory: Trajectory, task: Task) -> dict[str, float]:
@@ -235,7 +237,7 @@ class Repair(ScriptedEnv):
         failed = result.status is not Status.OK
         wrong = list(names) if failed else _judged(right, _values(result.output, len(names)))
         self._passed = self._passed or not wrong
-        content = _verdict(wrong)
+        content = _report(code, names, wrong)
         if failed:  # the last line of a traceback says it all
             content += "\n" + result.output.strip().rpartition("\n")[2]
         return ToolResult("submit", content, ToolError.RAISED if failed else None)
@@ -254,7 +256,7 @@ class Repair(ScriptedEnv):
         It ends when the program passes, with the last turn there is, or by giving up.
         """
         right = _program(str(task["answer"]))
-        program = _program(str(task["question"]).rpartition("\n")[0])
+        program = _program(_halves(task)[0])
         notes = Notes(self.knobs.operators)
         wrong = notes.take(program, _judged(right, _run(program)))
         carelessness = self.knobs.carelessness if behaviour == "careless" else 0.0
@@ -263,7 +265,7 @@ class Repair(ScriptedEnv):
         for _ in range(self.turn_limit):
             slip = drawn_slip(self.knobs.slips, rng)
             if slip == "repeat":
-                messages += [assistant(self.call(_text(program))), answered(_verdict(wrong))]
+                messages += self._submitted(program, wrong)
                 continue
             if patience <= 0:
                 return [*messages, assistant(GIVE_UP)]
@@ -273,10 +275,14 @@ class Repair(ScriptedEnv):
                 continue
             program, patience = changed, patience - 1
             wrong = notes.take(program, _judged(right, _run(program)))
-            messages += [assistant(self.call(_text(program))), answered(_verdict(wrong))]
+            messages += self._submitted(program, wrong)
             if not wrong:
                 break
         return messages
+
+    def _submitted(self, program: Sequence[Line], wrong: Sequence[str]) -> list[Message]:
+        code, names = _text(program), [line.variable for line in program]
+        return [assistant(self.call(code)), answered(_report(code, names, wrong))]
 
 
 class Notes:
@@ -373,8 +379,18 @@ def _judged(right: Sequence[Line], rows: Sequence[Sequence[int | None]]) -> list
     return wrong
 
 
-def _verdict(wrong: Sequence[str]) -> str:
-    return f"wrong: {' '.join(wrong)}" if wrong else PASSED
+def _report(code: str, names: Iterable[str], wrong: Sequence[str]) -> str:
+    """What the model sees; as long as the program, so that everything has its place."""
+    if not wrong:
+        return PASSED
+    heads = {match[1]: match[0] for match in re.finditer(r"^(\w)\W*=", code, re.MULTILINE)}
+    return "\n".join(f"{heads.get(n, n)} {'wrong' if n in wrong else 'ok'}" for n in names)
+
+
+def _halves(task: Task) -> tuple[str, str]:
+    """The program as it is given, and the report on it."""
+    lines = str(task["question"]).split("\n")
+    return "\n".join(lines[: len(lines) // 2]), "\n".join(lines[len(lines) // 2 :])
 
 
 @lru_cache(maxsize=8)
@@ -399,7 +415,7 @@ def _task(knobs: Knobs, rng: random.Random) -> Task | None:
     if judged != [right[index].variable for index in sorted(wrong)]:
         return None
     return {
-        "question": f"{_text(given)}\n{_verdict(judged)}",
+        "question": f"{_text(given)}\n{_report(_text(given), names, judged)}",
         "answer": _text(right),
         "wrong": len(wrong),
     }

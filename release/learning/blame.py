@@ -11,7 +11,7 @@ is new.  An estimator never sees this.  Over the turns of the model behind the c
     first error  mean advantage of the first wrong turn of failed rollouts, minus that of the right
                  turns before it: negative, if blame falls where things went wrong
 
-    python release/learning/blame.py [--json FILE]
+    python release/learning/blame.py [--task NAME ...] [--json FILE]
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from rllib_gtpo.episodes import groups_of
 from rllib_gtpo.rewards.embedders import build_embedder
 from rllib_gtpo.rewards.shaping import Shaping
 from rllib_gtpo.types import Group, Trajectory, Turn
-from rllib_gtpo_envs import Lookup
 
 ROOT = Path(__file__).parents[2]
 GROUPS = 64
@@ -54,6 +53,14 @@ ESTIMATORS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "reinforce_pp": ("reinforce_pp", {}, False),
     "mt_grpo": ("mt_grpo", {}, False),
     "gigpo": ("gigpo", {}, False),
+}
+_COLUMNS = {
+    "task": 8,
+    "estimator": 20,
+    "auc_failed": 10,
+    "auc_solved": 10,
+    "auc_all": 8,
+    "first_error": 11,
 }
 _LEFT = re.compile(r"left: (\S+)\Z")
 
@@ -71,28 +78,32 @@ def chain_turns(trajectory: Trajectory) -> list[bool]:
 
 
 def lookup_turns(trajectory: Trajectory) -> list[bool]:
-    """The key that the relation due leads to from where the rollout is; the value found there."""
-    task = trajectory.task
-    world = Lookup(TASKS["lookup"].env_config).world(task)
-    start, *relations = str(task["question"]).split(".")
-    key, left = "", relations
+    """The entry of the relation that is due, wherever the rollout is; the value found there."""
+    due = _due(str(trajectory.task["question"]))
     right = []
     for turn in trajectory.turns:
-        if not turn.calls:
-            right.append(bool(key) and not left and turn.content.strip() == world.values[key])
-            continue
-        due = start if not key else world.records[key][left[0]] if left else None
-        asked = "" if turn.invalid else str(turn.calls[0].arguments["key"]).strip()
-        right.append(asked == due)
-        if asked in world.records and asked != key:
-            left = left[1:] if key else left
-            key = asked
+        said = turn.content if not turn.calls else str(turn.calls[0].arguments.get("entry", ""))
+        right.append(not turn.invalid and said.strip() == due)
+        if turn.results:
+            due = _due(turn.results[0].content) or due
     return right
+
+
+def _due(shown: str) -> str:
+    """What follows from the newest message: "boss:m", or the value if no relation is left."""
+    match = re.search(r"left: (\S+)\n(.*)", shown)
+    if match is None:
+        return ""
+    if match[1] == "none":
+        return match[2].removeprefix("value=")
+    relation = match[1].split(":")[-2]
+    return next(e for e in match[2].split(" ") if e.startswith(f"{relation}:"))
 
 
 def repair_turns(trajectory: Trajectory) -> list[bool]:
     """A submission that keeps the right lines and tries what is new in the wrong ones."""
-    *lines, verdict = str(trajectory.task["question"]).split("\n")
+    told = str(trajectory.task["question"]).split("\n")
+    lines, wrong = told[: len(told) // 2], _wrong("\n".join(told))
     tried = [{line} for line in lines]
     right = []
     for turn in trajectory.turns:
@@ -100,7 +111,6 @@ def repair_turns(trajectory: Trajectory) -> list[bool]:
         if len(submitted) != len(lines):
             right.append(False)
             continue
-        wrong = verdict.removeprefix("wrong: ").split()
         right.append(
             all(
                 new not in seen if old[0] in wrong else new == old
@@ -109,8 +119,12 @@ def repair_turns(trajectory: Trajectory) -> list[bool]:
         )
         for new, seen in zip(submitted, tried, strict=True):
             seen.add(new)
-        lines, verdict = submitted, turn.results[0].content.split("\n")[0]
+        lines, wrong = submitted, _wrong(turn.results[0].content)
     return right
+
+
+def _wrong(report: str) -> set[str]:
+    return {line[0] for line in report.split("\n") if line.endswith(" wrong")}
 
 
 def _lines(turn: Turn) -> list[str]:
@@ -170,11 +184,11 @@ def blame(groups: list[Group], oracle: Callable[[Trajectory], list[bool]]) -> li
     return rows
 
 
-def sample(task_name: str, seed: int, folder: Path) -> list[Group]:
+def sample(task_name: str, seed: int, models: Path) -> list[Group]:
     """Groups of the model that the study's arms start from."""
-    training.make_cold_start(task_name, seed, folder)
+    training.make_cold_start(task_name, seed, models)
     algorithm = training.configured(GTPOConfig(), TASKS[task_name], seed)
-    algorithm.language_model(model=str(training.cold_start_of(task_name, seed, folder)))
+    algorithm.language_model(model=str(training.cold_start_of(task_name, seed, models)))
     built = algorithm.build_algo()
     episodes = built.env_runner.sample_groups([GroupJob(p, 8, 0) for p in range(GROUPS)]).episodes
     built.stop()
@@ -184,20 +198,21 @@ def sample(task_name: str, seed: int, folder: Path) -> list[Group]:
 def main() -> int:
     """Prints the table of every task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "learning")
+    parser.add_argument("--models", type=Path, default=ROOT / "runs" / "learning")
+    parser.add_argument("--task", choices=ORACLES, nargs="+", default=list(ORACLES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
+    args.models.mkdir(parents=True, exist_ok=True)
     training.start_worker()
     report = Report("blame", {}, [args.seed])
-    for task_name, oracle in ORACLES.items():
-        groups = sample(task_name, args.seed, args.folder)
+    for task_name in args.task:
+        oracle = ORACLES[task_name]
+        groups = sample(task_name, args.seed, args.models)
         turns = [r for g in groups for t in g.trajectories for r in oracle(t)]
         print(f"\n{task_name}: {len(turns)} turns, {np.mean(turns):.1%} of them right")
         for row in blame(groups, oracle):
-            print(f"{row['estimator']:20}", end="")
-            report.add({"task": task_name, **row})
+            report.add({"task": task_name, **row}, show=_COLUMNS)
     return report.finish(args.json)
 
 

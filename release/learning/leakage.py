@@ -110,9 +110,9 @@ def main() -> int:
     args = parser.parse_args()
     report = Report("leakage", {}, [])
     for kind, rewards in leaked(Shaping(build_embedder(args.embedder))).items():
-        print(f"{kind:28}", end="")
-        least, most = float(min(rewards)), float(max(rewards))
-        report.add({"kind": kind, "mean": float(np.mean(rewards)), "min": least, "max": most})
+        row = {"kind": kind, "mean": float(np.mean(rewards))}
+        row |= {"min": float(min(rewards)), "max": float(max(rewards))}
+        report.add(row, show={"kind": 28, "mean": 8, "min": 8, "max": 8})
     return report.finish(args.json)
 
 

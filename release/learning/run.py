@@ -6,7 +6,7 @@
     python release/learning/run.py --tables             # no training: tables of what is there
     python release/learning/run.py --full --json FILE --markdown PAGE  # results, plots, tables
 
-Every finished run is a file of its own in `--folder`, so a stopped study goes on with what is
+Every finished run is a file of its own in `--records`, so a stopped study goes on with what is
 missing.  `--quick` trains a stated part of the credit study (see `QUICK`) and compares it with the
 recorded results.  What the arms, tasks and budgets are is in study.py, and was fixed first.
 """
@@ -17,8 +17,9 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -33,31 +34,37 @@ from release.learning.study import STUDIES, Run
 from release.results import Report, renewed
 
 ROOT = Path(__file__).parents[2]
-RECORDED = ROOT / "release" / "results" / "learning_runs.jsonl"
-QUICK = ("credit", "repair", ("gtpo", "gtpo_unshaped", "grpo", "grpo_sum"), (0,))
+RECORDED = ROOT / "release" / "results" / "learning"  # a file for each run
+RUNS = ROOT / "runs" / "learning"
+QUICK = ("credit", "lookup", ("gtpo", "gtpo_unshaped", "grpo", "grpo_sum"), (0,))
 TOLERANCE = 0.12  # of a final accuracy: three standard errors of a difference of 256 problems each
 
 
-def train_all(runs: Sequence[Run], folder: Path, workers: int) -> list[str]:
+def train_all(runs: Sequence[Run], records: Path, models: Path, workers: int) -> list[str]:
     """Cold starts, then the runs; what failed, by name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [run for run in runs if not training.record_of(run, folder).exists()]
-    starts = dict.fromkeys((run.task, run.seed) for run in missing)
+    missing = [run for run in runs if not training.record_of(run, records).exists()]
     if not missing:
         return []
+    for folder in (records, models):
+        folder.mkdir(parents=True, exist_ok=True)
+    starts = dict.fromkeys((run.task, run.seed) for run in missing)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, training.start_worker) as pool:
-        cold = [(f"cold start {t} {s}", partial(training.make_cold_start, t, s)) for t, s in starts]
-        failed = _each(pool, cold, folder)
-        if failed:
-            return failed
-        return _each(pool, [(_described(r), partial(training.train, r)) for r in missing], folder)
+        failed = _each(
+            pool,
+            {
+                f"cold start {task} {seed}": partial(training.make_cold_start, task, seed, models)
+                for task, seed in starts
+            },
+        )
+        return failed or _each(
+            pool,
+            {_described(run): partial(training.train, run, records, models) for run in missing},
+        )
 
 
-def _each(
-    pool: ProcessPoolExecutor, jobs: Iterable[tuple[str, Callable[[Path], Any]]], folder: Path
-) -> list[str]:
-    waiting = {pool.submit(job, folder): name for name, job in jobs}
+def _each(pool: ProcessPoolExecutor, jobs: Mapping[str, Callable[[], Any]]) -> list[str]:
+    waiting = {pool.submit(job): name for name, job in jobs.items()}
     failed = []
     for number, done in enumerate(as_completed(waiting), start=1):
         error = done.exception()
@@ -74,16 +81,15 @@ def _described(run: Run) -> str:
 
 
 def report_studies(
-    names: Sequence[str], folder: Path, results: Path | None, docs: Path | None
+    names: Sequence[str], records: Path, results: Path | None, docs: Path | None
 ) -> int:
-    """Tables of what is there; with `results` a JSON file, every run's figures, and plots; with
-    `docs` the tables of that page."""
+    """Tables of what is there; with `results` a JSON file and plots; with `docs` the tables of that
+    page."""
     report = Report("learning", {"runs_missing": {"max": 0}}, [])
-    runs: list[dict[str, Any]] = []
     shown: dict[str, str] = {}
     for name in names:
         study = STUDIES[name]
-        values, rows = tables.read(study, folder)
+        values, rows = tables.read(study, records)
         compared = tables.compare(study, values)
         shown[name] = tables.table(study, compared)
         print(f"\n## {name}: {study.question}\n\n{shown[name]}\n")
@@ -93,39 +99,30 @@ def report_studies(
         report.add({"study": name, "runs": len(rows), "runs_missing": missing})
         report.rows += [{"study": name, **row} for row in compared]
         report.seeds = sorted({*report.seeds, *study.seeds})
-        runs += [{"study": name, **row} for row in rows]
-    if results is not None:
-        lines = [json.dumps(row) + "\n" for row in runs]
-        results.with_name(f"{results.stem}_runs.jsonl").write_text("".join(lines))
     if docs is not None:
         docs.write_text(renewed(docs.read_text(), shown))
     return report.finish(results)
 
 
-def report_quick(folder: Path, results: Path | None) -> int:
+def report_quick(runs: Sequence[Run], records: Path, results: Path | None) -> int:
     """The stated part, against the recorded results."""
-    name, task, arms, seeds = QUICK
-    recorded = {
-        (row["study"], row["task"], row["arm"], row["seed"]): row
-        for row in map(json.loads, RECORDED.read_text().splitlines())
-    }
-    report = Report("learning_quick", {"difference": {"max": TOLERANCE}}, list(seeds))
-    for arm in arms:
-        for seed in seeds:
-            file = training.record_of(STUDIES[name].run(task, arm, seed), folder)
-            now = tables.summary(json.loads(file.read_text()))
-            then = recorded[name, task, arm, seed]
-            report.add(
-                {
-                    "arm": arm,
-                    "seed": seed,
-                    "start": now["start"],
-                    "final": now["final"],
-                    "recorded": then["final"],
-                    "difference": abs(now["final"] - then["final"]),
-                    "area": now["area"],
-                }
-            )
+    report = Report("learning_quick", {"difference": {"max": TOLERANCE}}, list(QUICK[3]))
+    for run in runs:
+        now, recorded = (
+            tables.summary(json.loads(training.record_of(run, folder).read_text()))
+            for folder in (records, RECORDED)
+        )
+        print(_described(run))
+        report.add(
+            {
+                "start": now["start"],
+                "final": now["final"],
+                "recorded": recorded["final"],
+                "difference": abs(now["final"] - recorded["final"]),
+                "area": now["area"],
+                "area_recorded": recorded["area"],
+            }
+        )
     return report.finish(results)
 
 
@@ -137,25 +134,29 @@ def main() -> int:
     what.add_argument("--full", action="store_true", help="all studies")
     what.add_argument("--study", nargs="+", choices=STUDIES, help="some of the studies")
     parser.add_argument("--tables", action="store_true", help="train nothing, report what is there")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "learning")
+    parser.add_argument("--records", type=Path, default=RECORDED, help="a file for each run")
+    parser.add_argument("--models", type=Path, default=RUNS, help="the models behind cold starts")
     parser.add_argument("--workers", type=int, default=2, help="one core each (default 2)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="renew the tables in FILE")
     args = parser.parse_args()
-    quick = not (args.full or args.study or args.tables) or args.quick
+    quick = args.quick or not (args.full or args.study or args.tables)
     names = list(args.study or STUDIES)
     if quick:
         name, task, arms, seeds = QUICK
         runs = [STUDIES[name].run(task, arm, seed) for seed in seeds for arm in arms]
     else:
         runs = list(dict.fromkeys(run for name in names for run in STUDIES[name].runs()))
-    failed = [] if args.tables else train_all(runs, args.folder, args.workers)
+    records = RUNS / "quick" if quick else args.records
+    failed = [] if args.tables else train_all(runs, records, args.models, args.workers)
     if failed:
         print("\n".join(["these runs failed; start again to go on:", *failed]))
         return 2
     if quick:
-        return report_quick(args.folder, args.json)
-    return report_studies(names, args.folder, args.json, args.markdown)
+        status = report_quick(runs, records, args.json)
+        shutil.rmtree(records)  # the next --quick trains again
+        return status
+    return report_studies(names, records, args.json, args.markdown)
 
 
 if __name__ == "__main__":

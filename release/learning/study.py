@@ -115,17 +115,10 @@ TASKS = {
     # What was seen to be wrong must not be tried again, and what is right must stay.
     "repair": StudyTask(
         Repair,
-        {
-            "operators": "+-*",
-            "lines": [3, 3],
-            "wrong": [2, 2],
-            "spare_turns": 4,
-            "demonstrations": {"careful": 0.1, "careless": 0.5, "give_up": 0.4},
-            "slips": {"repeat": 0.06, "malformed": 0.06},
-        },
+        {"operators": "+-*", "lines": [4, 4], "wrong": [2, 2], "spare_turns": 4},
         max_turn_tokens=24,
         budget=40_000,
-        cold_start={"data": "expert", "steps": 600, "batch_size": 32, "lr": 2e-3},
+        cold_start={"data": "expert", "steps": 1800, "batch_size": 32, "lr": 2e-3},
         extra_tokens=REPAIR_TOKENS,
     ),
     # Short enough for a limit of 4 turns, with none to spare there.

@@ -24,10 +24,11 @@ def summary(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the recorded results keep of a run."""
     tokens = [point["tokens"] for point in record["curve"]]
     accuracy = [point["accuracy"] for point in record["curve"]]
-    last = record["iterations"][-max(1, len(record["iterations"]) // 4) :]
 
     def late(key: str) -> float:
-        return round(float(np.mean([row.get(key, 0.0) for row in last])), 4)
+        """Mean over the last quarter of the iterations."""
+        values = record["iterations"].get(key, [0.0])
+        return round(float(np.mean(values[-max(1, len(values) // 4) :])), 4)
 
     return {
         "task": record["task"],
@@ -47,14 +48,14 @@ def summary(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read(study: Study, folder: Path) -> tuple[Values, list[dict[str, Any]]]:
+def read(study: Study, records: Path) -> tuple[Values, list[dict[str, Any]]]:
     """The finished runs of a study."""
     values: Values = {task: {arm: {} for arm in study.arms} for task in study.tasks}
     rows = []
     for task in study.tasks:
         for arm in study.arms:
             for seed in study.seeds:
-                file = record_of(study.run(task, arm, seed), folder)
+                file = record_of(study.run(task, arm, seed), records)
                 if file.exists():
                     row = {"arm": arm, **summary(json.loads(file.read_text()))}
                     values[task][arm][seed] = row

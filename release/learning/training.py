@@ -18,7 +18,7 @@ from rllib_gtpo import GTPOConfig, SFTConfig
 from rllib_gtpo.models import build_tokenizer
 
 _KEPT = ("accuracy", "turn", "tool", "group", "advantage", "shaping", "reward", "policy", "grad")
-_KEPT += ("tokens", "time", "mismatch", "stop")
+_KEPT += ("tokens", "mismatch")
 FACTS = "cold_start.json"
 
 
@@ -34,9 +34,9 @@ def start_worker() -> None:
     ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 
 
-def make_cold_start(task_name: str, seed: int, folder: Path) -> None:
+def make_cold_start(task_name: str, seed: int, models: Path) -> None:
     """Trains the model that every arm of a task and seed starts from, unless it is there."""
-    target = cold_start_of(task_name, seed, folder)
+    target = cold_start_of(task_name, seed, models)
     if target.exists():
         return
     task = TASKS[task_name]
@@ -58,14 +58,14 @@ def make_cold_start(task_name: str, seed: int, folder: Path) -> None:
     partial.rename(target)
 
 
-def train(run: Run, folder: Path) -> Path:
+def train(run: Run, records: Path, models: Path) -> Path:
     """Trains one run and writes its record, unless it is there; returns the record's file."""
-    file = record_of(run, folder)
+    file = record_of(run, records)
     if file.exists():
         return file
     task = TASKS[run.task]
     config = configured(GTPOConfig(), task, run.seed)
-    start = cold_start_of(run.task, run.seed, folder)
+    start = cold_start_of(run.task, run.seed, models)
     config.language_model(model=str(start)).training(**task.training)
     config.update_from_dict(dict(run.settings))
     algorithm = config.build_algo()
@@ -86,7 +86,7 @@ def train(run: Run, folder: Path) -> Path:
         "settings": dict(run.settings),
         "budget": task.budget,
         "curve": curve,
-        "iterations": iterations,
+        "iterations": {key: [row.get(key, 0.0) for row in iterations] for key in iterations[-1]},
         "seconds": time.perf_counter() - began,
     }
     partial = file.with_name(f"{file.name}.{os.getpid()}")
@@ -95,14 +95,14 @@ def train(run: Run, folder: Path) -> Path:
     return file
 
 
-def record_of(run: Run, folder: Path) -> Path:
+def record_of(run: Run, records: Path) -> Path:
     """The file that holds a finished run."""
-    return folder / f"{run.name}.json"
+    return records / f"{run.name}.json"
 
 
-def cold_start_of(task: str, seed: int, folder: Path) -> Path:
+def cold_start_of(task: str, seed: int, models: Path) -> Path:
     """The directory of the model that arms start from."""
-    return folder / f"cold-{task}-{seed}"
+    return models / f"cold-{task}-{seed}"
 
 
 def configured(config: Any, task: StudyTask, seed: int) -> Any:
@@ -136,5 +136,5 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
         if isinstance(value, dict):
             flat.update(_flat(value, f"{prefix}{key}/"))
         else:
-            flat[f"{prefix}{key}"] = round(float(value), 6)
+            flat[f"{prefix}{key}"] = round(float(value), 5)
     return flat

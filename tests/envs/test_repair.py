@@ -16,7 +16,7 @@ HARD = {"lines": [4, 4], "wrong": [3, 4], "operators": OPERATORS, "spare_turns":
 SPLITS = ("train", "validation", "test")
 TASK = {
     "id": "t",
-    "question": "a+=3\nb*=a\nc-=7\nwrong: a c",
+    "question": "a+=3\nb*=a\nc-=7\na+= wrong\nb*= ok\nc-= wrong",
     "answer": "a*=3\nb*=a\nc+=7",
     "wrong": 2,
 }
@@ -24,6 +24,18 @@ TASK = {
 
 def tasks(split="train", **env_config):
     return list(Repair({**SMALL, **env_config}).tasks(split))
+
+
+def report(code, wrong):
+    """What the tool says to lines such as `a+=3`."""
+    heads = [line[:3] for line in code.split("\n")]
+    return "\n".join(f"{head} {'wrong' if head[0] in wrong else 'ok'}" for head in heads)
+
+
+def halves(question):
+    """The given program, and the report on it."""
+    lines = question.split("\n")
+    return "\n".join(lines[: len(lines) // 2]), "\n".join(lines[len(lines) // 2 :])
 
 
 def call(code):
@@ -69,16 +81,17 @@ class TestTasks:
 
     def test_exactly_the_wrong_lines_differ_from_the_answer(self):
         for row in tasks(lines=[2, 4], wrong=[1, 2]):
-            *given, said = row["question"].split("\n")
+            program, said = halves(row["question"])
+            given = program.split("\n")
             right = row["answer"].split("\n")
             differ = [r for g, r in zip(given, right, strict=True) if g != r]
-            assert said == "wrong: " + " ".join(line[0] for line in differ)
+            assert said == report(program, [line[0] for line in differ])
             assert row["wrong"] == len(differ) in (1, 2)
             assert len(given) in (2, 3, 4)
 
     def test_running_the_answer_passes_and_the_given_program_fails(self):
         for row in tasks()[:30]:
-            program, _, said = row["question"].rpartition("\n")
+            program, said = halves(row["question"])
             env, answers = submit(program, row["answer"], task=row)
             assert answers == [said, "passed"]
             assert env.trajectory.correct
@@ -123,7 +136,7 @@ class TestEnvironment:
     def test_it_ends_when_the_tests_pass(self):
         first, second = "a*=3\nb*=a\nc&=7", "a*=3\nb*=a\nc+=7"
         env, answers = submit(first, second)
-        assert answers == ["wrong: c", "passed"]
+        assert answers == [report(first, "c"), "passed"]
         assert env.trajectory.stop_reason is StopReason.ENV_DONE
         assert [t.rewards for t in env.trajectory.turns] == [
             {"format": 0.0},
@@ -133,25 +146,26 @@ class TestEnvironment:
         assert env.trajectory.code == f"{first}\n{second}"
 
     def test_a_wrong_line_does_not_spoil_later_ones(self):
-        _, answers = submit("a-=3\nb*=a\nc+=7", "a*=3\nb+=a\nc+=7", "a-=3\nb-=a\nc-=7")
-        assert answers == ["wrong: a", "wrong: b", "wrong: a b c"]
+        codes = ["a-=3\nb*=a\nc+=7", "a*=3\nb+=a\nc+=7", "a-=3\nb-=a\nc-=7"]
+        _, answers = submit(*codes)
+        assert answers == [report(codes[0], "a"), report(codes[1], "b"), report(codes[2], "abc")]
 
     def test_any_program_with_the_right_values_passes(self):
         code = "# tripled\nif a:\n    a = a + a + a\nb = b * a; c = c - -7"
         assert submit(code)[1] == ["passed"]
 
     def test_a_missing_variable_is_wrong(self):
-        assert submit("a*=3\nb*=a\ndel c")[1] == ["wrong: c"]
+        assert submit("a*=3\nb*=a\ndel c")[1] == ["a*= ok\nb*= ok\nc wrong"]
 
     def test_nothing_is_remembered_from_one_submission_to_the_next(self):
-        assert submit("a*=3\nb*=a\nc+=6", "b*=a")[1][1].startswith("wrong: a c")
+        assert submit("a*=3\nb*=a\nc+=6", "b*=a")[1][1] == "a wrong\nb*= ok\nc wrong"
 
     @pytest.mark.parametrize(
         ("code", "error"), [("a*=", "SyntaxError: invalid syntax"), ("a=y", "NameError: name 'y'")]
     )
     def test_code_that_fails_is_no_format_error(self, code, error):
         env, answers = submit(code, "a*=3\nb*=a\nc+=7")
-        assert answers[0].startswith(f"wrong: a b c\n{error}")
+        assert "ok" not in answers[0] and f"c wrong\n{error}" in answers[0]
         assert answers[1] == "passed"
         assert env.trajectory.turns[0].results[0].error is ToolError.RAISED
         assert env.trajectory.turns[0].rewards == {"format": 0.0}
@@ -188,7 +202,7 @@ class TestEnvironment:
         assert Repair().prompt(TASK) == TASK["question"]
         explained = Repair({"instructions": True}).prompt(TASK)
         assert "a+=3\nb*=a\nc-=7" in explained
-        assert "wrong: a c" in explained
+        assert "a+= wrong\nb*= ok\nc-= wrong" in explained
 
 
 class TestHostileCode:
@@ -214,13 +228,14 @@ class TestHostileCode:
     )
     def test_it_fails_and_the_next_submission_is_judged_as_ever(self, code):
         env, answers = submit(code, "a*=3\nb*=a\nc-=7", TASK["answer"])
-        assert answers[0].startswith("wrong: a b c")
+        assert answers[0].count(" wrong") == 3
         assert answers[2] == "passed"
         assert env.trajectory.stop_reason is StopReason.ENV_DONE
 
     def test_code_that_breaks_its_own_process_harms_no_other_trajectory(self):
         code = "import builtins; builtins.print = lambda *_: None"
-        assert submit(code, TASK["answer"])[1] == ["wrong: a b c"] * 2
+        answers = submit(code, TASK["answer"])[1]
+        assert all(answer.count(" wrong") == 3 for answer in answers)
         assert submit(TASK["answer"])[1] == ["passed"]
 
     def test_the_right_program_is_not_where_the_code_runs(self):
@@ -264,11 +279,11 @@ class TestDemonstrations:
         env = Repair({**SMALL, "slips": {}})
         for row in env.tasks("train")[:60]:
             said = [m["content"] for m in env.demonstrate(row, "careful", random.Random(row["id"]))]
-            given, _, verdict = row["question"].rpartition("\n")
+            given, verdict = halves(row["question"])
             last, seen_wrong = given.split("\n"), set()
             for text, answer in zip(said[::2], said[1::2], strict=True):
                 program = text.removeprefix("```submit\n").removesuffix("\n```").split("\n")
-                wrong = verdict.removeprefix("wrong: ").split(" ")
+                wrong = [x[0] for x in verdict.split("\n") if x.endswith("wrong")]
                 seen_wrong |= {line for line in last if line[0] in wrong}
                 assert not seen_wrong & set(program)
                 assert all(line in program for line in last if line[0] not in wrong)
@@ -313,4 +328,4 @@ def test_the_markup_keeps_turns_short():
     for row in env.tasks("train")[:50]:
         for message in next(iter(env.expert(row))):
             tokens = len(tokenizer.encode(message["content"]))
-            assert tokens <= (10 if message["role"] == "assistant" else 5), message
+            assert tokens <= (10 if message["role"] == "assistant" else 8), message

@@ -116,12 +116,12 @@ def test_a_tiny_study_trains_resumes_and_reports(ray_session, tmp_path, monkeypa
     )
     for run in planned.runs():
         training.make_cold_start(run.task, run.seed, tmp_path)
-        file = training.train(run, tmp_path)
+        file = training.train(run, tmp_path, tmp_path)
         record = json.loads(file.read_text())
         assert record["curve"][-1]["tokens"] >= 400 > record["curve"][0]["tokens"] == 0
-        assert record["iterations"][-1]["tokens/sampled_lifetime"] == record["curve"][-1]["tokens"]
+        assert record["iterations"]["tokens/sampled_lifetime"][-1] == record["curve"][-1]["tokens"]
         before = file.stat().st_mtime_ns
-        assert training.train(run, tmp_path).stat().st_mtime_ns == before
+        assert training.train(run, tmp_path, tmp_path).stat().st_mtime_ns == before
     values, rows = tables.read(planned, tmp_path)
     assert len(rows) == 4
     assert rows[0]["start"] == rows[2]["start"]  # arms of a seed start from one model
