@@ -79,14 +79,15 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def renewed(text: str, tables: Mapping[str, str]) -> str:
-    """`text` with each table between `<!-- table: NAME -->` and `<!-- end -->` written anew."""
-
-    def block(match: re.Match[str]) -> str:
-        if match[1] not in tables:
-            raise ValueError(f"no table is called {match[1]!r}; there are: {', '.join(tables)}")
-        return f"<!-- table: {match[1]} -->\n{tables[match[1]]}\n<!-- end -->"
-
-    return re.sub(r"<!-- table: (.+?) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+    """`text` with each of the tables between its `<!-- table: NAME -->` and `<!-- end -->` written
+    anew; those of other scripts stay."""
+    for name, table in tables.items():
+        marker = re.compile(rf"<!-- table: {re.escape(name)} -->\n.*?<!-- end -->", flags=re.DOTALL)
+        if not marker.search(text):
+            raise ValueError(f"the page has no place for the table {name!r}")
+        block = f"<!-- table: {name} -->\n{table}\n<!-- end -->"
+        text = marker.sub(lambda _, block=block: block, text)
+    return text
 
 
 def _short(value: Any) -> str:

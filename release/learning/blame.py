@@ -11,7 +11,7 @@ is new.  An estimator never sees this.  Over the turns of the model behind the c
     first error  mean advantage of the first wrong turn of failed rollouts, minus that of the right
                  turns before it: negative, if blame falls where things went wrong
 
-    python release/learning/blame.py [--task NAME ...] [--json FILE]
+    python release/learning/blame.py [--task NAME ...] [--json FILE] [--markdown PAGE]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import argparse
 import copy
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import numpy as np
 
 from release.learning import training
 from release.learning.study import TASKS
-from release.results import Report
+from release.results import Report, markdown, renewed
 from rllib_gtpo import GTPOConfig
 from rllib_gtpo.connectors.learner import credit_of
 from rllib_gtpo.env_runner import GroupJob
@@ -184,6 +184,13 @@ def blame(groups: list[Group], oracle: Callable[[Trajectory], list[bool]]) -> li
     return rows
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of the docs."""
+    body = [[str(v) if isinstance(v, str) else f"{v:.2f}" for v in row.values()] for row in rows]
+    head = ["task", "estimator", "AUC failed", "AUC solved", "AUC all", "first error"]
+    return markdown(head, body)
+
+
 def sample(task_name: str, seed: int, models: Path) -> list[Group]:
     """Groups of the model that the study's arms start from."""
     training.make_cold_start(task_name, seed, models)
@@ -202,6 +209,7 @@ def main() -> int:
     parser.add_argument("--task", choices=ORACLES, nargs="+", default=list(ORACLES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="renew the table in FILE")
     args = parser.parse_args()
     args.models.mkdir(parents=True, exist_ok=True)
     training.start_worker()
@@ -213,6 +221,8 @@ def main() -> int:
         print(f"\n{task_name}: {len(turns)} turns, {np.mean(turns):.1%} of them right")
         for row in blame(groups, oracle):
             report.add({"task": task_name, **row}, show=_COLUMNS)
+    if args.markdown:
+        args.markdown.write_text(renewed(args.markdown.read_text(), {"blame": table(report.rows)}))
     return report.finish(args.json)
 
 

@@ -5,20 +5,22 @@ member of a group in which the right one is correct.  With alpha 0.5, a perfect 
 "honest" is what shaping means to pay for: the right program, unfinished.  What the other kinds get
 beyond "unrelated" is leakage.
 
-    python release/learning/leakage.py [--embedder NAME] [--json FILE]
+    python release/learning/leakage.py [--embedder NAME] [--json FILE] [--markdown PAGE]
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 
-from release.results import Report
+from release.results import Report, markdown, renewed
 from rllib_gtpo.rewards.embedders import build_embedder
 from rllib_gtpo.rewards.shaping import Shaping
 from rllib_gtpo.types import Group, ToolCall, ToolResult, Trajectory, Turn
@@ -102,17 +104,28 @@ def leaked(shaping: Shaping) -> dict[str, list[float]]:
     return got
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of the docs."""
+    body = [[row["kind"], *(f"{row[k]:.2f}" for k in ("mean", "min", "max"))] for row in rows]
+    return markdown(["code of the failed rollout", "mean reward", "least", "most"], body)
+
+
 def main() -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--embedder", default="python_tokens")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="renew the table in FILE")
     args = parser.parse_args()
     report = Report("leakage", {}, [])
     for kind, rewards in leaked(Shaping(build_embedder(args.embedder))).items():
         row = {"kind": kind, "mean": float(np.mean(rewards))}
         row |= {"min": float(min(rewards)), "max": float(max(rewards))}
         report.add(row, show={"kind": 28, "mean": 8, "min": 8, "max": 8})
+    if args.markdown:
+        args.markdown.write_text(
+            renewed(args.markdown.read_text(), {"leakage": table(report.rows)})
+        )
     return report.finish(args.json)
 
 

@@ -94,7 +94,7 @@ def report_studies(
         shown[name] = tables.table(study, compared)
         print(f"\n## {name}: {study.question}\n\n{shown[name]}\n")
         if results is not None and rows:
-            tables.plot(name, values, results.with_name(f"{results.stem}_{name}.png"))
+            tables.plot(values, results.with_name(f"{results.stem}_{name}.png"))
         missing = len(study.runs()) - len(rows)
         report.add({"study": name, "runs": len(rows), "runs_missing": missing})
         report.rows += [{"study": name, **row} for row in compared]

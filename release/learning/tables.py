@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from release.learning.intervals import area, difference, mean_interval, relative_gain, sign_flip_p
-from release.learning.study import STUDIES, Study
+from release.learning.study import Study
 from release.learning.training import record_of
 from release.results import markdown
 
@@ -148,18 +148,18 @@ def _percent(values: Sequence[float] | None) -> str:
     return f"{100 * values[0]:+.1f}% [{100 * values[1]:+.1f}, {100 * values[2]:+.1f}]"
 
 
-def plot(name: str, values: Values, file: Path) -> None:
+def plot(values: Values, file: Path) -> None:
     """Mean held-out accuracy over sampled tokens, with the range over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    study = STUDIES[name]
+    tasks = [task for task, arms in values.items() if any(arms.values())]
     figure, axes = plt.subplots(
-        1, len(study.tasks), figsize=(4.6 * len(study.tasks), 3.6), squeeze=False, sharey=True
+        1, len(tasks), figsize=(4.6 * len(tasks), 3.6), squeeze=False, sharey=True
     )
-    for axis, task in zip(axes[0], study.tasks, strict=True):
+    for axis, task in zip(axes[0], tasks, strict=True):
         for arm, seeds in values[task].items():
             curves = list(seeds.values())
             if not curves:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from release.learning import intervals, study, tables, training
+from release.learning import blame, intervals, leakage, study, tables, training
 from release.learning.intervals import area, difference, relative_gain, sign_flip_p
+from release.results import renewed
+from rllib_gtpo.rewards.embedders import build_embedder
+from rllib_gtpo.rewards.shaping import Shaping
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "release" / "results"
 
 
 class TestIntervals:
@@ -48,8 +57,6 @@ class TestIntervals:
 
     def test_coverage_is_near_its_level(self):
         """With 20 pairs; with five it is lower, which is why p is shown beside it."""
-        import numpy as np
-
         rng = np.random.default_rng(0)
         hits = 0
         for _ in range(200):
@@ -93,6 +100,80 @@ class TestPlan:
         runs = study.STUDIES["credit"].runs()
         assert [r.seed for r in runs] == sorted(r.seed for r in runs)
         assert len(set(runs)) == len(runs) == 75
+
+
+class TestRecords:
+    def test_the_docs_show_the_recorded_results(self):
+        docs = (ROOT / "docs" / "learning_study.md").read_text()
+        values, rows = tables.read(study.STUDIES["credit"], RESULTS / "learning")
+        assert rows
+        credit = tables.table(
+            study.STUDIES["credit"], tables.compare(study.STUDIES["credit"], values)
+        )
+        shown = {"credit": credit}
+        for name, module in (("blame", blame), ("leakage", leakage)):
+            recorded = json.loads((RESULTS / f"{name}.json").read_text())
+            shown[name] = module.table(recorded["metrics"])
+        assert renewed(docs, shown) == docs
+
+    def test_every_record_is_of_a_run_that_is_planned(self):
+        planned = {run.name for s in study.STUDIES.values() for run in s.runs()}
+        assert {file.stem for file in (RESULTS / "learning").glob("*.json")} <= planned
+
+    def test_a_page_without_the_place_for_a_table_is_refused(self):
+        with pytest.raises(ValueError, match="no place for the table 'b'"):
+            renewed("<!-- table: a -->\n<!-- end -->", {"b": "x"})
+
+
+class TestBlame:
+    def test_auc_by_hand(self):
+        values, right = np.array([3.0, 1.0, 2.0, 1.0]), np.array([True, True, False, False])
+        assert blame.auc(values, right) == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+        assert np.isnan(blame.auc(values, np.array([True] * 4)))
+
+    def test_first_error_is_compared_with_what_came_before(self):
+        gap = blame.first_error_gap(
+            [np.array([1.0, 2.0, 0.5]), np.array([9.0, 9.0])],
+            [np.array([True, True, False]), np.array([False, True])],  # nothing before the error
+        )
+        assert gap == pytest.approx(0.5 - 1.5)
+
+    @pytest.mark.parametrize(
+        ("task", "behaviour", "right"),
+        [
+            ("chain", "solve", [True] * 4),
+            ("chain", "stop_early", None),
+            ("lookup", "solve", [True] * 5),
+            ("lookup", "wrong_turn", None),
+            ("repair", "careful", None),
+        ],
+    )
+    def test_oracles_judge_demonstrations(self, task, behaviour, right):
+        """An expert's turns are all right; whoever fails on purpose has a wrong turn."""
+        config = {**study.TASKS[task].env_config, "train": 30, "seed": 1}
+        config |= {"operations": [3, 3]} if task == "chain" else {"slips": {}}
+        config |= {"hops": [3, 3]} if task == "lookup" else {}
+        env = study.TASKS[task].env(config)
+        for row in list(env.tasks("train"))[:8]:
+            told = env.demonstrate(row, behaviour, random.Random(0))
+            env.reset(options={"task": row})
+            for message in told:
+                if message["role"] == "assistant":
+                    env.step(message["content"])
+            judged = blame.ORACLES[task](env.trajectory)
+            if behaviour == "careful":
+                assert all(judged)
+            else:
+                assert judged == right if right else not all(judged)
+            env.close()
+
+
+def test_leakage_kinds_are_wrong_and_a_copy_is_worth_alpha():
+    for name, right in leakage.RIGHT.items():
+        assert right not in leakage.wrong_programs(name).values()
+    shaping = Shaping(build_embedder("python_tokens"))
+    leaked = leakage.leaked(shaping)
+    assert max(leaked["unrelated"]) < min(leaked["one operator"]) < 0.5
 
 
 @pytest.mark.slow
