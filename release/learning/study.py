@@ -161,7 +161,7 @@ STUDIES = {
     ),
     "shaping": Study(
         "What does similarity shaping teach, and what do its controls?",
-        ("repair",),
+        ("chain",),
         {
             "none": UNSHAPED,
             "code": GTPO,
