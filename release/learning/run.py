@@ -27,8 +27,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a worker computes the same with or without a neighbour
-
 from release.learning import tables, training
 from release.learning.study import STUDIES, Run
 from release.results import Report, renewed
@@ -47,6 +45,7 @@ def train_all(runs: Sequence[Run], records: Path, models: Path, workers: int) ->
         return []
     for folder in (records, models):
         folder.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers: one computes the same beside another
     starts = dict.fromkeys((run.task, run.seed) for run in missing)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, training.start_worker) as pool:
@@ -146,7 +145,7 @@ def main() -> int:
         name, task, arms, seeds = QUICK
         runs = [STUDIES[name].run(task, arm, seed) for seed in seeds for arm in arms]
     else:
-        runs = list(dict.fromkeys(run for name in names for run in STUDIES[name].runs()))
+        runs = list({run.name: run for name in names for run in STUDIES[name].runs()}.values())
     records = RUNS / "quick" if quick else args.records
     failed = [] if args.tables else train_all(runs, records, args.models, args.workers)
     if failed:

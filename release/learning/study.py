@@ -117,7 +117,7 @@ TASKS = {
         Repair,
         {"operators": "+-*", "lines": [4, 4], "wrong": [2, 2], "spare_turns": 4},
         max_turn_tokens=24,
-        budget=40_000,
+        budget=100_000,
         cold_start={"data": "expert", "steps": 1800, "batch_size": 32, "lr": 2e-3},
         extra_tokens=REPAIR_TOKENS,
     ),

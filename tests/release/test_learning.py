@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from release.learning import blame, intervals, leakage, study, tables, training
 from release.learning.intervals import area, difference, relative_gain, sign_flip_p
+from release.learning.run import main
 from release.results import renewed
 from rllib_gtpo.rewards.embedders import build_embedder
 from rllib_gtpo.rewards.shaping import Shaping
@@ -96,6 +98,12 @@ class TestPlan:
         assert shared.name != credit.run("lookup", "gtpo_unshaped", 2).name
         assert shared.name != credit.run("lookup", "gtpo", 1).name
 
+    def test_all_studies_can_be_asked_for_at_once(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr("sys.argv", ["run.py", "--tables", "--records", str(tmp_path)])
+        assert main() == 1  # nothing is there yet
+        printed = capsys.readouterr().out
+        assert all(f"## {name}:" in printed for name in study.STUDIES)
+
     def test_seeds_are_completed_one_after_the_other(self):
         runs = study.STUDIES["credit"].runs()
         assert [r.seed for r in runs] == sorted(r.seed for r in runs)
@@ -105,12 +113,14 @@ class TestPlan:
 class TestRecords:
     def test_the_docs_show_the_recorded_results(self):
         docs = (ROOT / "docs" / "learning_study.md").read_text()
-        values, rows = tables.read(study.STUDIES["credit"], RESULTS / "learning")
-        assert rows
-        credit = tables.table(
-            study.STUDIES["credit"], tables.compare(study.STUDIES["credit"], values)
-        )
-        shown = {"credit": credit}
+        shown = {}
+        for name in re.findall(r"<!-- table: (.+?) -->", docs):
+            if name in study.STUDIES:
+                planned = study.STUDIES[name]
+                values, rows = tables.read(planned, RESULTS / "learning")
+                assert rows
+                shown[name] = tables.table(planned, tables.compare(planned, values))
+        assert "credit" in shown
         for name, module in (("blame", blame), ("leakage", leakage)):
             recorded = json.loads((RESULTS / f"{name}.json").read_text())
             shown[name] = module.table(recorded["metrics"])
