@@ -33,7 +33,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -45,11 +45,9 @@ from rllib_gtpo_envs.common import (
     ScriptedEnv,
     answered,
     assistant,
-    check_flag,
-    check_names,
     check_range,
     check_whole,
-    checked_weights,
+    checked_knobs,
     distinct_tasks,
     wrong_number,
 )
@@ -98,31 +96,17 @@ class Knobs:
     @staticmethod
     def of(env_config: Mapping[str, Any]) -> Knobs:
         """Checked knobs; ConfigError says what is valid."""
-        check_names(env_config, [f.name for f in fields(Knobs)], "env_config")
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in env_config.items()
-        }
-        if "demonstrations" in values:
-            values["demonstrations"] = checked_weights(values["demonstrations"], DEMONSTRATIONS)
-        knobs = Knobs(**values)
+        knobs = checked_knobs(Knobs, env_config, DEMONSTRATIONS)
         for name, low, high in (
             ("operations", 1, 8),
             ("numbers", 0, 99_999),
             ("factors", 0, 99_999),
         ):
             check_range(name, getattr(knobs, name), low, high)
-        for name, low in (
-            ("seed", 0),
-            ("largest", 1),
-            ("train", 1),
-            ("validation", 1),
-            ("test", 1),
-        ):
-            check_whole(name, getattr(knobs, name), low)
+        check_whole("largest", knobs.largest, 1)
         operators = knobs.operators
         if not isinstance(operators, str) or not operators or not set(operators) <= set("+-*"):
             raise ConfigError(f"env_config: operators={operators!r}: one or more of '+-*'.")
-        check_flag("instructions", knobs.instructions)
         return knobs
 
 

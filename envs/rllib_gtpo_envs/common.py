@@ -8,13 +8,15 @@ import math
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from dataclasses import fields
+from typing import Any, Protocol, TypeVar
 
 from rllib_gtpo import ToolEnv
 from rllib_gtpo.chat import call_format
 from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.types import Message, Task
 
+K = TypeVar("K", bound=Any)
 UNCLOSED = "Error: the block is not closed with ```"
 """What is answered to a fenced call without its end; as one token it keeps turns short."""
 
@@ -114,6 +116,31 @@ def wrong_number(answer: str, rng: random.Random) -> str:
     """A number of about the size of the answer, which it is not."""
     off = rng.randint(1, max(9, int(answer) // 5))
     return str(int(answer) + (off if off > int(answer) or rng.random() < 0.5 else -off))
+
+
+def checked_knobs(
+    kind: type[K],
+    env_config: Mapping[str, Any],
+    demonstrations: Mapping[str, float],
+    slips: Mapping[str, float] | None = None,
+) -> K:
+    """The knobs of a task from its `env_config`, with what all tasks have in common checked.
+
+    demonstrations, slips: The task's behaviours and slips, by name.
+    """
+    check_names(env_config, [f.name for f in fields(kind)], "env_config")
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in env_config.items()
+    }
+    if "demonstrations" in values:
+        values["demonstrations"] = checked_weights(values["demonstrations"], demonstrations)
+    if slips is not None and "slips" in values:
+        values["slips"] = checked_rates(values["slips"], slips)
+    knobs = kind(**values)
+    for name, low in (("seed", 0), ("train", 1), ("validation", 1), ("test", 1)):
+        check_whole(name, getattr(knobs, name), low)
+    check_flag("instructions", knobs.instructions)
+    return knobs
 
 
 def check_names(given: Iterable[str], known: list[str], where: str) -> None:

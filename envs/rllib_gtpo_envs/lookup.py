@@ -41,7 +41,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -52,12 +52,9 @@ from rllib_gtpo_envs.common import (
     ScriptedEnv,
     answered,
     assistant,
-    check_flag,
-    check_names,
     check_range,
     check_whole,
-    checked_rates,
-    checked_weights,
+    checked_knobs,
     distinct_tasks,
     drawn_slip,
     wrong_number,
@@ -112,30 +109,17 @@ class Knobs:
     @staticmethod
     def of(env_config: Mapping[str, Any]) -> Knobs:
         """Checked knobs; ConfigError says what is valid."""
-        check_names(env_config, [f.name for f in fields(Knobs)], "env_config")
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in env_config.items()
-        }
-        if "demonstrations" in values:
-            values["demonstrations"] = checked_weights(values["demonstrations"], DEMONSTRATIONS)
-        if "slips" in values:
-            values["slips"] = checked_rates(values["slips"], SLIPS)
-        knobs = Knobs(**values)
+        knobs = checked_knobs(Knobs, env_config, DEMONSTRATIONS, SLIPS)
         check_range("hops", knobs.hops, 1, 8)
         for name, low in (
-            ("seed", 0),
             ("decoys", 1),
             ("keys", 12),
             ("spare_turns", 0),
-            ("train", 1),
-            ("validation", 1),
-            ("test", 1),
         ):
             check_whole(name, getattr(knobs, name), low)
         for name, high in (("decoys", len(RELATIONS) - 1), ("keys", len(_LETTERS))):
             if getattr(knobs, name) > high:
                 raise ConfigError(f"env_config: {name}={getattr(knobs, name)}: at most {high}.")
-        check_flag("instructions", knobs.instructions)
         return knobs
 
 

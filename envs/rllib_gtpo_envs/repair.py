@@ -45,7 +45,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -58,12 +58,9 @@ from rllib_gtpo_envs.common import (
     ScriptedEnv,
     answered,
     assistant,
-    check_flag,
-    check_names,
     check_range,
     check_whole,
-    checked_rates,
-    checked_weights,
+    checked_knobs,
     distinct_tasks,
     drawn_slip,
 )
@@ -138,15 +135,7 @@ class Knobs:
     @staticmethod
     def of(env_config: Mapping[str, Any]) -> Knobs:
         """Checked knobs; ConfigError says what is valid."""
-        check_names(env_config, [f.name for f in fields(Knobs)], "env_config")
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in env_config.items()
-        }
-        if "demonstrations" in values:
-            values["demonstrations"] = checked_weights(values["demonstrations"], DEMONSTRATIONS)
-        if "slips" in values:
-            values["slips"] = checked_rates(values["slips"], SLIPS)
-        knobs = Knobs(**values)
+        knobs = checked_knobs(Knobs, env_config, DEMONSTRATIONS, SLIPS)
         for name in ("lines", "wrong"):
             check_range(name, getattr(knobs, name), 1, len(VARIABLES))
         if knobs.wrong[1] > knobs.lines[0]:
@@ -154,14 +143,7 @@ class Knobs:
                 f"env_config: wrong={knobs.wrong}, lines={knobs.lines}: the shortest program has "
                 "fewer lines than may be wrong."
             )
-        for name, low in (
-            ("seed", 0),
-            ("spare_turns", 0),
-            ("train", 1),
-            ("validation", 1),
-            ("test", 1),
-        ):
-            check_whole(name, getattr(knobs, name), low)
+        check_whole("spare_turns", knobs.spare_turns, 0)
         operators = knobs.operators
         if (
             not isinstance(operators, str)
@@ -174,7 +156,6 @@ class Knobs:
         chance = knobs.carelessness
         if isinstance(chance, bool) or not isinstance(chance, (int, float)) or not 0 <= chance < 1:
             raise ConfigError(f"env_config: carelessness={chance!r}: at least 0 and below 1.")
-        check_flag("instructions", knobs.instructions)
         return knobs
 
 

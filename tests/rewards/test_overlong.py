@@ -17,4 +17,6 @@ def test_by_hand(tokens, expected):
 
 
 def test_a_trajectory_without_turns_has_nothing_to_punish():
-    OverlongPenalty(limit=100, buffer=20, penalty=0.5).score(Trajectory({}))
+    empty = Trajectory({})
+    OverlongPenalty(limit=100, buffer=20, penalty=0.5).score(empty)
+    assert empty == Trajectory({})
