@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rllib_gtpo.errors import EmbedderError
+from rllib_gtpo.errors import ConfigError, EmbedderError, did_you_mean
 from rllib_gtpo.rewards.rubric import merge_components
 from rllib_gtpo.types import Group, Trajectory
 
@@ -51,6 +51,10 @@ class Shaping:
     alpha: float = 0.5
     compared: str = "code"
     on_failure: str = "stop"
+
+    def __post_init__(self) -> None:
+        if self.mode == "none" or self.mode not in MODES:
+            raise ConfigError(f"shaping mode {self.mode!r}{did_you_mean(self.mode, MODES[1:])}")
 
     def score_groups(self, groups: Sequence[Group]) -> int:
         """Shapes the groups; returns how many had to go without because embedding failed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rllib_gtpo.errors import EmbedderError, RewardError
+from rllib_gtpo.errors import ConfigError, EmbedderError, RewardError
 from rllib_gtpo.rewards.shaping import Shaping
 from rllib_gtpo.types import Group, ToolCall, ToolResult, Trajectory, Turn
 
@@ -158,6 +158,12 @@ def test_each_text_is_embedded_once_for_all_groups():
     groups = [Group(i, {}, [member("near"), member("near"), member("right", True)]) for i in (0, 1)]
     Shaping(embedder).score_groups(groups)
     assert embedder.calls == [["near", "right"]]
+
+
+@pytest.mark.parametrize("mode", ["none", "nearest"])
+def test_a_mode_that_shapes_nothing_is_refused(mode):
+    with pytest.raises(ConfigError, match=f"{mode}.*mean, max, constant, shuffled"):
+        Shaping(Known(), mode)
 
 
 class TestFailures:
