@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 
 from release.learning import training
+from release.learning.oracles import ORACLES
 from release.learning.study import TASKS
 from release.results import Report, markdown, renewed
 from rllib_gtpo import GTPOConfig
@@ -37,7 +37,7 @@ from rllib_gtpo.env_runner import GroupJob
 from rllib_gtpo.episodes import groups_of
 from rllib_gtpo.rewards.embedders import build_embedder
 from rllib_gtpo.rewards.shaping import Shaping
-from rllib_gtpo.types import Group, Trajectory, Turn
+from rllib_gtpo.types import Group, Trajectory
 
 ROOT = Path(__file__).parents[2]
 GROUPS = 64
@@ -61,80 +61,6 @@ _COLUMNS = {
     "auc_solved": 10,
     "auc_all": 8,
     "first_error": 11,
-}
-_LEFT = re.compile(r"left: (\S+)\Z")
-
-
-def chain_turns(trajectory: Trajectory) -> list[bool]:
-    """A call that takes a step off the chain; the right answer when none is left."""
-    left = str(trajectory.task["question"])
-    right = []
-    for turn in trajectory.turns:
-        match = _LEFT.search(turn.results[0].content) if turn.results else None
-        after = match.group(1) if match else left
-        right.append(trajectory.correct if not turn.calls else not turn.invalid and after != left)
-        left = after
-    return right
-
-
-def lookup_turns(trajectory: Trajectory) -> list[bool]:
-    """The entry of the relation that is due, wherever the rollout is; the value found there."""
-    due = _due(str(trajectory.task["question"]))
-    right = []
-    for turn in trajectory.turns:
-        said = turn.content if not turn.calls else str(turn.calls[0].arguments.get("entry", ""))
-        right.append(not turn.invalid and said.strip() == due)
-        if turn.results:
-            due = _due(turn.results[0].content) or due
-    return right
-
-
-def _due(shown: str) -> str:
-    """What follows from the newest message: "boss:m", or the value if no relation is left."""
-    match = re.search(r"left: (\S+)\n(.*)", shown)
-    if match is None:
-        return ""
-    if match[1] == "none":
-        return match[2].removeprefix("value=")
-    relation = match[1].split(":")[-2]
-    return next(e for e in match[2].split(" ") if e.startswith(f"{relation}:"))
-
-
-def repair_turns(trajectory: Trajectory) -> list[bool]:
-    """A submission that keeps the right lines and tries what is new in the wrong ones."""
-    told = str(trajectory.task["question"]).split("\n")
-    lines, wrong = told[: len(told) // 2], _wrong("\n".join(told))
-    tried = [{line} for line in lines]
-    right = []
-    for turn in trajectory.turns:
-        submitted = [] if turn.invalid or not turn.calls else _lines(turn)
-        if len(submitted) != len(lines):
-            right.append(False)
-            continue
-        right.append(
-            all(
-                new not in seen if old[0] in wrong else new == old
-                for new, old, seen in zip(submitted, lines, tried, strict=True)
-            )
-        )
-        for new, seen in zip(submitted, tried, strict=True):
-            seen.add(new)
-        lines, wrong = submitted, _wrong(turn.results[0].content)
-    return right
-
-
-def _wrong(report: str) -> set[str]:
-    return {line[0] for line in report.split("\n") if line.endswith(" wrong")}
-
-
-def _lines(turn: Turn) -> list[str]:
-    return str(turn.calls[0].arguments["code"]).strip().split("\n")
-
-
-ORACLES: dict[str, Callable[[Trajectory], list[bool]]] = {
-    "chain": chain_turns,
-    "lookup": lookup_turns,
-    "repair": repair_turns,
 }
 
 

@@ -46,7 +46,7 @@ def train_all(runs: Sequence[Run], records: Path, models: Path, workers: int) ->
     for folder in (records, models):
         folder.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers: one computes the same beside another
-    starts = dict.fromkeys((run.task, run.seed) for run in missing)
+    starts = dict.fromkeys(run.start for run in missing)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, training.start_worker) as pool:
         failed = _each(

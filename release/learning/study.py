@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from release.learning.oracles import StepwiseChain, StepwiseLookup
 from rllib_gtpo import ToolEnv
 from rllib_gtpo_envs import Calculator, Lookup, Repair
 from rllib_gtpo_envs.lookup import MARKUP as LOOKUP_TOKENS
@@ -26,6 +27,7 @@ class StudyTask:
     """A task with everything that is the same for all arms.
 
     budget: sampled tokens after which training stops.
+    starts_as: the task whose cold start it shares, if not its own.
     """
 
     env: type[ToolEnv]
@@ -37,6 +39,7 @@ class StudyTask:
         default_factory=lambda: {"lr": 2e-4, "group_size": 8, "groups_per_step": 8}
     )
     extra_tokens: tuple[str, ...] = ()  # of the tokenizer
+    starts_as: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Run:
         """What its record is called: the same run of two studies is made once."""
         text = json.dumps(self.settings, sort_keys=True)
         return f"{self.task}-{hashlib.sha256(text.encode()).hexdigest()[:10]}-{self.seed}"
+
+    @property
+    def start(self) -> tuple[str, int]:
+        """Task and seed of its cold start."""
+        return TASKS[self.task].starts_as or self.task, self.seed
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,9 @@ TASKS = {
         cold_start={"data": "expert", "steps": 700, "batch_size": 24, "lr": 2e-3},
     ),
 }
+# The same problems and the same models, paid by the turn.
+TASKS["chain_steps"] = replace(TASKS["chain"], env=StepwiseChain, starts_as="chain")
+TASKS["lookup_steps"] = replace(TASKS["lookup"], env=StepwiseLookup, starts_as="lookup")
 
 GTPO = {"estimator": "gtpo", "shaping": "mean"}
 UNSHAPED = {"estimator": "gtpo"}
@@ -158,6 +169,16 @@ STUDIES = {
             "mt_grpo": {"estimator": "mt_grpo"},
         },
         baselines=("grpo", "grpo_sum"),
+    ),
+    "turn_rewards": Study(
+        "Does turn credit pay where turns have rewards?",
+        ("chain_steps", "lookup_steps"),
+        {
+            "gtpo_unshaped": UNSHAPED,
+            "grpo_sum": {"estimator": "grpo_sum"},
+            "mt_grpo": {"estimator": "mt_grpo"},
+        },
+        baselines=("grpo_sum",),
     ),
     "shaping": Study(
         "What does similarity shaping teach, and what do its controls?",

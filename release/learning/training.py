@@ -65,7 +65,7 @@ def train(run: Run, records: Path, models: Path) -> Path:
         return file
     task = TASKS[run.task]
     config = configured(GTPOConfig(), task, run.seed)
-    start = cold_start_of(run.task, run.seed, models)
+    start = cold_start_of(*run.start, models)
     config.language_model(model=str(start)).training(**task.training)
     config.update_from_dict(dict(run.settings))
     algorithm = config.build_algo()

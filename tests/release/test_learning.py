@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from release.learning import blame, intervals, leakage, study, tables, training
+from release.learning import blame, intervals, leakage, oracles, study, tables, training
 from release.learning.intervals import area, difference, relative_gain, sign_flip_p
 from release.learning.run import main
 from release.results import renewed
@@ -98,6 +98,12 @@ class TestPlan:
         assert shared.name != credit.run("lookup", "gtpo_unshaped", 2).name
         assert shared.name != credit.run("lookup", "gtpo", 1).name
 
+    def test_tasks_that_pay_by_the_turn_start_from_the_same_models(self):
+        credit, stepwise = study.STUDIES["credit"], study.STUDIES["turn_rewards"]
+        starts = {run.start for run in credit.runs()}
+        assert {run.start for run in stepwise.runs()} <= starts
+        assert not {run.name for run in stepwise.runs()} & {run.name for run in credit.runs()}
+
     def test_all_studies_can_be_asked_for_at_once(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["run.py", "--tables", "--records", str(tmp_path)])
         assert main() == 1  # nothing is there yet
@@ -170,12 +176,29 @@ class TestBlame:
             for message in told:
                 if message["role"] == "assistant":
                     env.step(message["content"])
-            judged = blame.ORACLES[task](env.trajectory)
+            judged = oracles.ORACLES[task](env.trajectory)
             if behaviour == "careful":
                 assert all(judged)
             else:
                 assert judged == right if right else not all(judged)
             env.close()
+
+
+@pytest.mark.parametrize("name", ["chain_steps", "lookup_steps"])
+def test_a_stepwise_task_pays_right_calls_and_no_answer(name):
+    task = study.TASKS[name]
+    spotless = {"slips": {}} if name == "lookup_steps" else {}
+    env = task.env({**task.env_config, "train": 5, **spotless})
+    row = next(iter(env.tasks("train")))
+    env.reset(options={"task": row})
+    told = [m["content"] for m in env.demonstrate(row, "solve", random.Random(0))]
+    env.step("```look\nnone:z\n```" if name == "lookup_steps" else "```python\nprint(-1)\n```")
+    for said in told[::2]:
+        env.step(said)
+    paid = [turn.rewards["step"] for turn in env.trajectory.turns]
+    assert paid == [0.0, *[oracles.STEP_REWARD] * (len(paid) - 2), 0.0]
+    assert env.trajectory.correct
+    env.close()
 
 
 def test_leakage_kinds_are_wrong_and_a_copy_is_worth_alpha():
@@ -206,7 +229,7 @@ def test_a_tiny_study_trains_resumes_and_reports(ray_session, tmp_path, monkeypa
         seeds=(0, 1),
     )
     for run in planned.runs():
-        training.make_cold_start(run.task, run.seed, tmp_path)
+        training.make_cold_start(*run.start, tmp_path)
         file = training.train(run, tmp_path, tmp_path)
         record = json.loads(file.read_text())
         assert record["curve"][-1]["tokens"] >= 400 > record["curve"][0]["tokens"] == 0
