@@ -29,7 +29,7 @@ import numpy as np
 
 from release.learning import training
 from release.learning.oracles import ORACLES
-from release.learning.study import TASKS
+from release.learning.study import TASKS, Run
 from release.results import Report, markdown, renewed
 from rllib_gtpo import GTPOConfig
 from rllib_gtpo.connectors.learner import credit_of
@@ -55,7 +55,7 @@ ESTIMATORS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "gigpo": ("gigpo", {}, False),
 }
 _COLUMNS = {
-    "task": 8,
+    "task": 13,
     "estimator": 20,
     "auc_failed": 10,
     "auc_solved": 10,
@@ -119,9 +119,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def sample(task_name: str, seed: int, models: Path) -> list[Group]:
     """Groups of the model that the study's arms start from."""
-    training.make_cold_start(task_name, seed, models)
+    start = Run(task_name, (), seed).start
+    training.make_cold_start(*start, models)
     algorithm = training.configured(GTPOConfig(), TASKS[task_name], seed)
-    algorithm.language_model(model=str(training.cold_start_of(task_name, seed, models)))
+    algorithm.language_model(model=str(training.cold_start_of(*start, models)))
     built = algorithm.build_algo()
     episodes = built.env_runner.sample_groups([GroupJob(p, 8, 0) for p in range(GROUPS)]).episodes
     built.stop()

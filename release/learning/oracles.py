@@ -85,7 +85,9 @@ def _lines(turn: Turn) -> list[str]:
 
 ORACLES: dict[str, Callable[[Trajectory], list[bool]]] = {
     "chain": chain_turns,
+    "chain_steps": chain_turns,
     "lookup": lookup_turns,
+    "lookup_steps": lookup_turns,
     "repair": repair_turns,
 }
 

@@ -210,15 +210,17 @@ STUDIES = {
         baselines=("keep",),
         seeds=SEEDS[:3],
     ),
-    "gamma": Study(
-        "Does the best gamma depend on the turn limit?",
-        ("short_chain",),
-        {
-            f"gamma {gamma} limit {limit}": {**UNSHAPED, **_gamma(gamma), "max_turns": limit}
-            for limit in LIMITS
-            for gamma in GAMMAS
-        },
-        baselines=(),
-        seeds=SEEDS[:3],
-    ),
+    **{
+        f"gamma_within_{limit}_turns": Study(
+            f"Which discount is best within {limit} turns?",
+            ("short_chain",),
+            {
+                f"gamma {gamma}": {**UNSHAPED, **_gamma(gamma), "max_turns": limit}
+                for gamma in GAMMAS
+            },
+            baselines=("gamma 0.9",),
+            seeds=SEEDS[:3],
+        )
+        for limit in LIMITS
+    },
 }
