@@ -30,11 +30,22 @@ _SHAPING_DEFAULTS = {
 }
 _OVERLONG = ("keep", "mask", "penalty")
 _OVERLONG_DEFAULTS = {"overlong_penalty": 1.0, "overlong_buffer": None}
+_NUMBERS = (
+    "gamma",
+    "temperature",
+    "evaluation_temperature",
+    "top_p",
+    "format_penalty",
+    "penalize_tool_errors",
+    "shaping_alpha",
+    "overlong_penalty",
+)
 _DTYPES = ("float32", "bfloat16")
 
 
 def check(config: GTPOConfig) -> None:
     """Raises ConfigError for the first setting that cannot stand."""
+    _numbers(config)
     _credit(config)
     _sampling(config)
     _model(config)
@@ -43,6 +54,14 @@ def check(config: GTPOConfig) -> None:
     _evaluation(config)
     _without_effect(config)
     config.build_objective()
+
+
+def _numbers(config: GTPOConfig) -> None:
+    """Before anything is compared with them: YAML may hold text, or NaN."""
+    for name in _NUMBERS:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+            raise ConfigError(f"{name}={value!r}: must be a number.")
 
 
 def _credit(config: GTPOConfig) -> None:

@@ -23,6 +23,8 @@ class TestRefusals:
             ({"estimator_options": {"gamma": 0.5}}, r"training\(gamma=...\)"),
             ({"estimator": "grpo", "gamma": 0.5}, "no effect"),
             ({"gamma": 1.5}, "must lie in"),
+            ({"gamma": "0.9"}, "gamma='0.9': must be a number"),
+            ({"gamma": float("nan")}, "must be a number"),
             ({"uniform_groups": "drop_all"}, "keep, drop_solved, drop"),
             ({"mini_batches": 17}, "some would be empty"),
             ({"aggregation": "constant"}, "constant"),
@@ -53,6 +55,7 @@ class TestRefusals:
         [
             ({"temperature": 0.0}, "above 0"),
             ({"top_p": 0.0}, "top_p"),
+            ({"temperature": True}, "must be a number"),
             ({"engine": "vlm"}, "valid: hf"),
             ({"max_turns": 0}, "max_turns"),
             ({"max_turn_tokens": 100, "max_tokens": 50}, "one turn cannot be longer"),
