@@ -14,7 +14,6 @@ from rllib_gtpo.sandbox.limits import Limits, SandboxResult, SandboxUnavailable,
 from rllib_gtpo.sandbox.output import Output
 
 CLOSED = (Status.PROTOCOL_VIOLATION, "[Killed: closed a descriptor of ours.]")
-RESTARTED = "[The session was restarted: names defined before are gone.]\n"
 CODES = {EXIT_OK: Status.OK, EXIT_MEMORY: Status.MEMORY, EXIT_DISK: Status.DISK_LIMIT}
 
 

@@ -7,6 +7,8 @@ from enum import StrEnum
 
 from rllib_gtpo.errors import ConfigError, GTPOError
 
+RESTARTED = "[The session was restarted: names defined before are gone.]\n"
+
 
 class SandboxUnavailable(GTPOError, RuntimeError):
     """The host cannot run code (no process, no descriptors, closed); never the code's own fault."""

@@ -19,7 +19,6 @@ from functools import partial
 from rllib_gtpo.sandbox.cells import (
     CLOSED,
     CODES,
-    RESTARTED,
     Cell,
     Job,
     SessionState,
@@ -30,7 +29,13 @@ from rllib_gtpo.sandbox.cells import (
 )
 from rllib_gtpo.sandbox.child import REPLY
 from rllib_gtpo.sandbox.hub import Hub
-from rllib_gtpo.sandbox.limits import Limits, SandboxResult, SandboxUnavailable, Status
+from rllib_gtpo.sandbox.limits import (
+    RESTARTED,
+    Limits,
+    SandboxResult,
+    SandboxUnavailable,
+    Status,
+)
 from rllib_gtpo.sandbox.spawn import ZygoteProcess
 
 KILL_SECONDS = 10.0  # how long a kill may take before the zygote itself counts as stuck
