@@ -31,6 +31,13 @@ EVENT = struct.Struct("<cQqd")  # "P"id, "X" exited (wait status, cpu seconds), 
 WARM_UP = {  # what a first use initialises lazily, and each child would pay for again
     "sympy": "import sympy as s; x = s.Symbol('x'); s.solve(x**2 - 2, x); s.simplify(s.sin(x)**2)",
     "numpy": "import numpy as n; n.linalg.solve(n.eye(2), n.ones(2)); n.random.rand()",
+    "math_verify": r"""
+import latex2sympy2_extended, sympy
+for text in r'''-3\sqrt{2}+\sqrt[3]{x}; (x+1)^2=y_1; \frac{-a}{2b}*c; 1-\sin(x)\cos{2x}; \log_{2}(8);
+    \pi r^{2}; e^{-2x}\ln2; 5!; \binom{5}{2}; x>3; |x-1|; 6xyz/7; f(x)\cdot3^n; \tan^2(y)-\infty;
+    \sum_{k=1}^{n}k; \int_0^1 x dx; (2n+1)(x-3); \lfloor x\rfloor'''.split(";"):
+    sympy.N(sympy.simplify(latex2sympy2_extended.latex2sympy(text, normalization_config=None)))
+""",
 }
 
 
