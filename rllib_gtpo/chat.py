@@ -39,6 +39,10 @@ class CallFormat(Protocol):
         """Finds the calls; a call that cannot be read is returned with its `error` set."""
         ...
 
+    def write(self, call: ToolCall) -> str:
+        """The call as the policy should write it; what the format cannot say parses to another."""
+        ...
+
 
 class HermesFormat:
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Qwen and Hermes models write
@@ -54,6 +58,11 @@ class HermesFormat:
             self._call(m.group(1), m.group(0), bool(m.group(2))) for m in self._CALL.finditer(body)
         ]
         return ParsedTurn(self._CALL.sub("", body).strip(), thinking, calls)
+
+    def write(self, call: ToolCall) -> str:
+        """See CallFormat."""
+        data = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
+        return f"<tool_call>\n{data}\n</tool_call>"
 
     def _call(self, inner: str, raw: str, closed: bool) -> ToolCall:
         if not closed:
@@ -107,6 +116,10 @@ class FencedFormat:
         for call in calls:
             body = body.replace(call.raw, "", 1)
         return ParsedTurn(body.strip(), thinking, calls)
+
+    def write(self, call: ToolCall) -> str:
+        """See CallFormat."""
+        return f"```{call.name}\n{next(iter(call.arguments.values()), '')}\n```"
 
 
 _FORMATS: dict[str, CallFormat] = {f.name: f for f in (HermesFormat(), FencedFormat())}

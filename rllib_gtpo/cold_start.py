@@ -7,7 +7,6 @@ and deltas that rollouts are built from, and only what the assistant wrote is tr
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -20,6 +19,7 @@ from rllib_gtpo.errors import ConfigError, DataError, Interrupted, did_you_mean
 from rllib_gtpo.packing import NOT_TRAINED, TokenSequence
 from rllib_gtpo.progress import Progress
 from rllib_gtpo.shuffling import EndlessOrder
+from rllib_gtpo.traces import read_demonstrations
 from rllib_gtpo.types import Message
 
 _VALIDATION = 64  # demonstrations held out for the validation loss, at most a tenth of all
@@ -30,7 +30,7 @@ class ColdStart:
     """Settings of supervised training.
 
     data: "expert" (the environment's `expert(task)` on training tasks) or a JSON-lines file of
-        {"messages": [...]}.
+        {"messages": [...]}; see rllib_gtpo.traces.
     steps, batch_size: optimizer steps, demonstrations per step.
     lr: peak learning rate, after `warmup` (a fraction of the steps), decaying linearly to
         `final_lr_frac`.
@@ -98,15 +98,15 @@ def load_demonstrations(
     start: ColdStart, env: ToolEnv, codec: ChatCodec, seed: int, max_context: int
 ) -> Demonstrations:
     """Reads and encodes the demonstrations; every error names the row."""
-    source = _expert(env) if start.data == "expert" else _file(Path(start.data))
+    source = (
+        _expert(env)
+        if start.data == "expert"
+        else read_demonstrations(Path(start.data), env, codec.call_format)
+    )
     sequences = []
     too_long = 0
     for where, prompt, demonstration, tools in itertools.islice(source, start.demonstrations):
-        if not any(m["role"] == "assistant" for m in demonstration):
-            raise DataError(
-                f"{where}: has no assistant message, so there is nothing to learn from."
-            )
-        ids, trained = codec.conversation_ids(prompt, demonstration, tools)
+        ids, trained = _encoded(where, codec, prompt, demonstration, tools)
         if len(ids) > max_context:
             too_long += 1
             continue
@@ -127,30 +127,35 @@ def load_demonstrations(
 _Source = Iterator[tuple[str, list[Message], list[Message], list[dict[str, Any]]]]
 
 
+def _encoded(
+    where: str,
+    codec: ChatCodec,
+    prompt: list[Message],
+    demonstration: list[Message],
+    tools: list[dict[str, Any]],
+) -> tuple[list[int], list[bool]]:
+    """Ids, and which of them are trained; DataError names the place."""
+    turns = sum(message["role"] == "assistant" for message in demonstration)
+    if not turns:
+        raise DataError(f"{where}: has no assistant message, so there is nothing to learn from.")
+    try:
+        ids, trained = codec.conversation_ids(prompt, demonstration, tools)
+    except Exception as error:  # templates raise what they like
+        raise DataError(f"{where}: the chat template cannot render it: {error}") from error
+    ends = sum(t and i == codec.end_of_turn_id for i, t in zip(ids, trained, strict=True))
+    if ends != turns:
+        end = codec.tokenizer.decode([codec.end_of_turn_id])
+        raise DataError(
+            f"{where}: an assistant message contains {end!r}, which ends a turn: take it out."
+        )
+    return ids, trained
+
+
 def _expert(env: ToolEnv) -> _Source:
     for number, task in enumerate(env.tasks("train"), start=1):
         prompt = env.first_messages(task)
         for demonstration in env.expert(task):
             yield f"expert, task {number}", prompt, demonstration, env.tool_schemas
-
-
-def _file(path: Path) -> _Source:
-    if not path.is_file():
-        raise DataError(f"cold_start.data={str(path)!r}: no such file (or write 'expert').")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}, row {number}"
-            try:
-                messages = json.loads(line)["messages"]
-                roles = [m["role"] for m in messages]
-                [m["content"] for m in messages]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f'{where}: expected {{"messages": [{{"role": ..., "content": ...}}]}}: '
-                    f"{error!r}"
-                ) from error
-            first = roles.index("assistant") if "assistant" in roles else len(roles)
-            yield where, messages[:first], messages[first:], []
 
 
 def supervise(

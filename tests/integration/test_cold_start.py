@@ -128,7 +128,7 @@ class TestData:
     @pytest.mark.parametrize(
         ("row", "message"),
         [
-            ('{"messages": [{"role": "user"}]}', r"row 2: expected \{\"messages\""),
+            ('{"messages": [{"role": "user"}]}', "row 2: message 1: has no content: expected"),
             ("nonsense", "row 2"),
             ('{"messages": [{"role": "user", "content": "x"}]}', "row 2: has no assistant message"),
         ],
