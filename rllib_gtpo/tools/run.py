@@ -1,4 +1,7 @@
-"""Running tool calls.  Whatever a tool does becomes a `ToolResult`; nothing here raises for it."""
+"""Running tool calls.  Whatever a tool does becomes a `ToolResult`; nothing here raises for it.
+
+Only a machine that cannot run code at all raises: that says nothing about the policy.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rllib_gtpo.sandbox.limits import SandboxUnavailable
 from rllib_gtpo.sandbox.output import clip
 from rllib_gtpo.tools.schema import Tool
 from rllib_gtpo.tools.threads import start
@@ -50,7 +54,7 @@ def _call(tool: Tool, arguments: Mapping[str, Any]) -> Outcome:
     """Call a synchronous tool, in a thread."""
     try:
         return _result(tool, tool.fn(**tool.convert(arguments))), None
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, SandboxUnavailable) as error:
         return None, error
     except BaseException as error:
         return _raised(tool, error), None
@@ -60,7 +64,7 @@ async def _acall(tool: Tool, arguments: Mapping[str, Any]) -> Outcome:
     """Call an asynchronous tool, in a task of its own."""
     try:
         return _result(tool, await tool.fn(**tool.convert(arguments))), None
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, SandboxUnavailable) as error:
         return None, error
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
@@ -87,6 +91,7 @@ async def run_tool(
 
     Raises:
         KeyboardInterrupt: As the tool raised it.
+        SandboxUnavailable: Code cannot be run here, for which the policy must not be blamed.
         asyncio.CancelledError: The caller was cancelled.
     """
     seconds = timeout if tool.timeout is None else tool.timeout
