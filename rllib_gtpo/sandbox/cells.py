@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import signal
 import socket
@@ -25,24 +26,33 @@ def cpu_time(pid: int) -> float:
         return 0.0
 
 
-def queued_time(pid: int) -> float:
-    """Seconds that the process was ready but had no core; 0 where the kernel does not say."""
-    try:
-        with open(f"/proc/{pid}/schedstat") as f:
-            return int(f.read().split()[1]) / 1e9
-    except (OSError, IndexError, ValueError):
-        return 0.0
+def queued_time(pid: int, threads: str = "") -> float:
+    """Seconds that the process was ready but had no core; 0 where the kernel does not say.
+
+    Of its first thread, or with `threads="task/*/"` of the one that waited longest.
+    """
+    longest = 0.0
+    for path in (
+        glob.glob(f"/proc/{pid}/{threads}schedstat") if threads else [f"/proc/{pid}/schedstat"]
+    ):
+        try:
+            with open(path) as f:
+                longest = max(longest, int(f.read().split()[1]) / 1e9)
+        except (OSError, IndexError, ValueError):
+            continue
+    return longest
 
 
 class Job:
     """One piece of code to run, and the future that receives its result."""
 
-    __slots__ = ("code", "cpu", "future", "nonce", "queued", "started")
+    __slots__ = ("again", "code", "cpu", "future", "nonce", "queued", "started")
 
     def __init__(self, code: str) -> None:
         self.code = code
         self.future: Future[SandboxResult] = Future()
         self.nonce = 0
+        self.again = False  # its first process was lost with the zygote
         self.started = self.cpu = self.queued = 0.0
 
     def fail(self, problem: str) -> None:
@@ -72,6 +82,7 @@ class Cell:
         self.socket: socket.socket | None = None  # a session's
         self.verdict: tuple[Status, str] | None = None  # why the host killed it
         self.timer = False
+        self.ran = False  # a session's: has finished a cell, so that names may be lost
 
 
 class SessionState:

@@ -1,4 +1,4 @@
-"""The forked process that runs the code.  Loaded by path into the zygote; imports only the library.
+"""The forked process that runs the code.  Loaded into the zygote; imports only the library.
 
 Nothing in here is trusted once the code has started: the status of a fresh run is the kernel's wait
 status alone, and a session's replies are only as good as the session.
@@ -6,7 +6,6 @@ status alone, and a session's replies are only as good as the session.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import linecache
 import os
@@ -24,22 +23,28 @@ REPLY = struct.Struct("<QB")  # the cell's nonce, how it ended
 SOCKET = 3  # a session's own descriptor, the only one besides 0, 1 and 2
 RESERVE = 64 << 20  # address space for reporting a MemoryError
 DISK_ERRORS = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
-def run(kind: str, fds: list[int], scratch: str, limits: dict[str, Any], parent: int) -> None:
-    """Confine this process and run what it was forked for.  Never returns."""
+def run(kind: str, fds: list[int], confinement: Any, slot: Any, limits: dict[str, Any]) -> None:
+    """Confine this process and run what it was forked for.  Never returns.
+
+    `confinement` is the zygote's `confine.Confinement`, `limits` its limits with `address_space`.
+    """
     try:
-        _enter(fds[1], scratch, parent)
+        _enter(fds[1], slot.path)
+        confinement.renounce(slot)
         if kind == "session":
             os.dup2(fds[0], SOCKET)
             os.closerange(SOCKET + 1, 1 << 30)
             memory = _limit(limits)
-            _serve(socket.socket(fileno=SOCKET), memory, limits)
+            sock = socket.socket(fileno=SOCKET)
+            confinement.lock()
+            _serve(sock, memory, limits)
         else:
             code = _read(fds[0])
             os.closerange(3, 1 << 30)
             memory = _limit(limits)
+            confinement.lock()
             _exit(_execute(code, "<cell>", _main_module(), memory))
     except BaseException:
         traceback.print_exc()
@@ -47,30 +52,20 @@ def run(kind: str, fds: list[int], scratch: str, limits: dict[str, Any], parent:
         os._exit(EXIT_SETUP)
 
 
-def _enter(out: int, scratch: str, parent: int) -> None:
-    """Leave the zygote behind: own session, own directory, no descriptor but the output."""
+def _enter(out: int, scratch: str) -> None:
+    """Leave the zygote behind: own session, output and home."""
     os.setsid()
-    _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the zygote
-    if os.getppid() != parent:
-        os._exit(EXIT_SETUP)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.stdout = sys.__stdout__ = _stream(1)  # type: ignore[assignment,misc]
     sys.stderr = sys.__stderr__ = _stream(2)  # type: ignore[assignment,misc]
-    os.mkdir(scratch, 0o700)
-    os.chdir(scratch)
     os.environ["HOME"] = os.environ["TMPDIR"] = scratch
     if "tempfile" in sys.modules:
         vars(sys.modules["tempfile"])["tempdir"] = None
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()  # fork copies its state; `random` reseeds itself
-    try:
-        with open("/proc/self/oom_score_adj", "w") as f:
-            f.write("1000")
-    except OSError:
-        pass
 
 
 def _stream(fd: int) -> TextIO:
@@ -82,16 +77,14 @@ def _stream(fd: int) -> TextIO:
 
 
 def _limit(limits: dict[str, Any]) -> int:
-    """Set the resource limits; returns the address space that the code may reach."""
-    with open("/proc/self/statm") as f:
-        size = int(f.read().split()[0]) * resource.getpagesize()
-    memory = size + int(limits["memory_mb"] * (1 << 20))
+    """Set the resource limits; returns the address space that the code may reach.
+
+    The size of a file and of a core dump are the zygote's own limits, which are inherited.
+    """
+    memory: int = limits["address_space"]
     resource.setrlimit(resource.RLIMIT_AS, (memory + RESERVE, memory + RESERVE))
-    file_size = int(limits["file_mb"] * (1 << 20))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     files = int(limits["open_files"])
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _limit_cpu(limits["cpu_seconds"])
     return memory
 

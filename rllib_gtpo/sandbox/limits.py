@@ -24,7 +24,7 @@ class Status(StrEnum):
     TIMEOUT = "timeout"  # used up its CPU time, or far too much wall time
     MEMORY = "memory"  # a MemoryError escaped
     OUTPUT_LIMIT = "output_limit"  # printed past the hard cap and was killed
-    DISK_LIMIT = "disk_limit"  # a file grew past the limit
+    DISK_LIMIT = "disk_limit"  # a file, or all files together, grew past the limit
     KILLED = "killed"  # died of a signal, its own or another's
     PROTOCOL_VIOLATION = "protocol_violation"  # wrote to the descriptor that it must leave alone
 
@@ -43,17 +43,23 @@ class Limits:
     wall_seconds: float | None = None  # None: six times cpu_seconds
     max_output_mb: float = 64.0  # printing more than this is killed
     file_mb: int = 64  # size of any one file
+    disk_mb: int = 128  # of all files together; where a tmpfs holds them, this is memory
+    disk_files: int = 4096
+    threads: int = 128
     open_files: int = 256
 
     def __post_init__(self) -> None:
         """Refuse limits that nothing could run under."""
-        for name in ("cpu_seconds", "memory_mb", "max_output_mb", "file_mb"):
+        for name in ("cpu_seconds", "memory_mb", "max_output_mb", "file_mb", "disk_mb"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"Limits.{name} must be positive, got {getattr(self, name)!r}.")
         if self.output_chars < 256:
             raise ConfigError(f"Limits.output_chars must be at least 256, got {self.output_chars}.")
         if self.open_files < 16:
             raise ConfigError(f"Limits.open_files must be at least 16, got {self.open_files}.")
+        for name in ("disk_files", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"Limits.{name} must be at least 1, got {getattr(self, name)!r}.")
         if self.wall_seconds is not None and self.wall_seconds < self.cpu_seconds:
             raise ConfigError(
                 f"Limits.wall_seconds ({self.wall_seconds}) is below cpu_seconds "

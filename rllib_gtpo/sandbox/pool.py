@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 from rllib_gtpo.sandbox.cells import (
     CLOSED,
@@ -39,16 +40,24 @@ from rllib_gtpo.sandbox.limits import (
 from rllib_gtpo.sandbox.spawn import ZygoteProcess
 
 KILL_SECONDS = 10.0  # how long a kill may take before the zygote itself counts as stuck
+OVER_LIMIT = {  # what the zygote's watchdog reports
+    b"D": (Status.DISK_LIMIT, "disk_mb", "MB of disk or too many files"),
+    b"T": (Status.KILLED, "threads", "threads"),
+}
 CLOSED_SECONDS = 0.5  # how long a report of death may come after the end of the socket
 
 
 class Pool:
     """See the module.  Other threads reach these methods only through `hub.post`."""
 
-    def __init__(self, limits: Limits, workers: int, preload: Sequence[str]) -> None:
+    def __init__(
+        self, limits: Limits, workers: int, preload: Sequence[str], layers: str, degraded: bool
+    ) -> None:
         """Start the hub; the zygote starts with the first `start` or job."""
         self.limits, self.workers, self.preload = limits, workers, tuple(preload)
+        self.layers, self.degraded = layers, degraded
         self.restarts = 0  # zygotes lost and replaced
+        self.reruns = 0  # runs that such a loss ended and that ran again
         self.closed = ""  # why nothing runs any more
         self.zygote: ZygoteProcess | None = None
         self._started = False
@@ -56,11 +65,11 @@ class Pool:
         self._numbers = itertools.count(1)
         self._waiting: deque[Job] = deque()  # fresh runs beyond `workers`
         self._fresh = 0
-        self._ready: list[Future[None]] = []
+        self._ready: list[Future[dict[str, Any]]] = []
         self.hub = Hub(lambda error: self._crash(error))
 
-    def start(self, ready: Future[None]) -> None:
-        """Start the zygote; resolves `ready` when the preload is imported, or fails it."""
+    def start(self, ready: Future[dict[str, Any]]) -> None:
+        """Start the zygote; `ready` gets its `facts` when the preload is imported, or fails."""
         self._ready.append(ready)
         try:
             self._ensure_zygote()
@@ -131,6 +140,8 @@ class Pool:
                 self.hub,
                 self.limits,
                 self.preload,
+                self.layers,
+                self.degraded,
                 self._on_event,
                 self._zygote_ready,
                 self._zygote_died,
@@ -142,21 +153,38 @@ class Pool:
     def _zygote_ready(self, problem: str) -> None:
         for future in self._ready:
             if not problem:
-                future.set_result(None)
+                future.set_result(self.zygote.facts if self.zygote else {})
             else:
                 future.set_exception(SandboxUnavailable(f"The sandbox cannot start: {problem}"))
         self._ready.clear()
 
     def _zygote_died(self) -> None:
-        """End what ran on it; what waits runs on the next one."""
+        """End what ran on it, or run it again once; what waits runs on the next one."""
         self.zygote = None
         reason = (Status.KILLED, "[Killed: the sandbox's own process died.]")
         for cell in list(self._cells.values()):
-            cell.verdict = cell.verdict or reason
+            if cell.socket is not None and cell.verdict is None:
+                self._read_reply(cell)  # it may have finished
             if cell.job is not None and self.closed:
                 cell.job.fail(self.closed)
                 cell.job = None
+            elif cell.job is not None and cell.verdict is None:
+                self._run_again(cell)
+            cell.verdict = cell.verdict or reason
             self._ended(cell, signal.SIGKILL, 0.0)
+
+    def _run_again(self, cell: Cell) -> None:
+        """Queue the cell's job anew if it had no state to lose and has not been lost before."""
+        job = cell.job
+        assert job is not None
+        if job.again or cell.ran:
+            return
+        cell.job, job.again = None, True
+        self.reruns += 1
+        if cell.session is None:
+            self._waiting.appendleft(job)
+        else:
+            cell.session.jobs.appendleft(job)
 
     def _on_event(self, op: bytes, number: int, value: int, seconds: float) -> None:
         cell = self._cells.get(number)
@@ -167,6 +195,10 @@ class Pool:
             self._start_clock(cell)
         elif op == b"X":
             self._ended(cell, value, seconds)
+        elif op in OVER_LIMIT:
+            status, name, unit = OVER_LIMIT[op]
+            limit = f"{getattr(self.limits, name):g} {unit}"
+            cell.verdict = cell.verdict or (status, f"[Killed: used more than {limit}.]")
         else:
             job, cell.job = cell.job, None
             if job is not None:
@@ -271,7 +303,7 @@ class Pool:
         cpu = self.limits.cpu_seconds - (cpu_time(cell.pid) - job.cpu)
         wall = self.limits.wall - (time.monotonic() - job.started)
         if wall <= 0:
-            wall += queued_time(cell.pid) - job.queued
+            wall += queued_time(cell.pid, "task/*/") - job.queued
         if cpu <= 0:
             note = f"[Timed out after {self.limits.cpu_seconds:g} s of CPU time.]"
         elif wall <= 0:
@@ -342,6 +374,7 @@ class Pool:
         if cell.verdict is not None:
             return  # being killed; the report of that ends the job
         assert cell.session is not None
+        cell.ran = True
         self._finish(cell, CODES.get(REPLY.unpack(data)[1], Status.ERROR), "", 0.0)
         self._next_cell(cell.session)
 
@@ -367,7 +400,8 @@ class Pool:
             self._start_waiting()
         elif session.cell is cell:
             session.cell = None
-            session.note = RESTARTED
+            if had_job or cell.ran:
+                session.note = RESTARTED
             self._next_cell(session)
 
     def _finish(self, cell: Cell, status: Status, note: str, cpu: float) -> None:

@@ -10,38 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from types import MappingProxyType, TracebackType
-from typing import Self
+from types import TracebackType
+from typing import Any, Self
 
 from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.sandbox import probe
 from rllib_gtpo.sandbox.cells import Job, SessionState
 from rllib_gtpo.sandbox.limits import Limits, SandboxResult, SandboxUnavailable
 from rllib_gtpo.sandbox.pool import Pool
 
-GUARANTEES: Mapping[str, bool] = MappingProxyType(
-    {
-        # Enforced.
-        "separate process": True,  # one per execution or session, forked from a clean interpreter
-        "clean environment": True,  # none of the host's environment, arguments or descriptors
-        "no shared state": True,  # an execution inherits no code, output or memory of another
-        "cpu limit": True,
-        "wall limit": True,
-        "memory limit": True,  # address space of each process
-        "file size limit": True,  # of one file, not of all together
-        "output limit": True,
-        "process group killed": True,  # what an execution started ends with it
-        "killed with the host": True,  # the executions' own processes
-        # Not enforced: the code has the rights of the user who runs the host.
-        "file reads": False,
-        "file writes": False,
-        "network": False,
-        "process creation": False,
-        "signals to other processes": False,
-        "system call filter": False,
-        "total disk use": False,
-        "total memory of descendants": False,
-    }
-)
+LAYERS = ("auto", "landlock", "sealed", "rlimits-only")
 
 
 class _Runner(ABC):
@@ -135,6 +113,17 @@ class Session(_Runner):
 class PythonSandbox(_Runner):
     """Runs Python that nobody has read, each execution in a process of its own.
 
+    What keeps it in is chosen by what the machine allows, from the top:
+
+    1. namespaces, Landlock and seccomp;
+    2. Landlock and seccomp (ordinary containers);
+    3. *sealed*: seccomp alone, which refuses every open: only preloaded modules and a few of the
+       standard library can be imported, no file can be written; a warning says so;
+    4. nothing but resource limits: refused, unless `allow_degraded`.
+
+    As root, each execution also has a user of its own.  At the start a probe tries what must be
+    refused.  `guarantees` says what is enforced; bugs of the kernel stay in reach.
+
     May be used from any thread and any event loop of the process that made it, also inside Ray
     actors.  A forked child process of the host must make its own.
     """
@@ -145,6 +134,9 @@ class PythonSandbox(_Runner):
         workers: int | None = None,
         preload: Sequence[str] = (),
         start_timeout: float = 120.0,
+        *,
+        allow_degraded: bool = False,
+        layers: str = "auto",
     ) -> None:
         """Start the process that executions are forked from, and wait until it is ready.
 
@@ -154,23 +146,34 @@ class PythonSandbox(_Runner):
                 are not counted.
             preload: Modules that are imported once, before the first fork.
             start_timeout: Seconds that the preload may take.
+            allow_degraded: Run also where the code cannot be confined, with a warning that names
+                what is not enforced.
+            layers: For tests: start no higher on the ladder than "landlock", "sealed" or
+                "rlimits-only" (which needs `allow_degraded`).
 
         Raises:
-            SandboxUnavailable: The process cannot start, or a preloaded module cannot be imported.
+            SandboxUnavailable: The process cannot start, a preloaded module cannot be imported, or
+                the code cannot be confined here.
         """
         if not sys.platform.startswith("linux"):
-            raise SandboxUnavailable("The sandbox needs Linux: run it in a container or a VM.")
+            raise SandboxUnavailable(
+                "The sandbox needs Linux: use a remote backend (rllib_gtpo.sandbox.remote)."
+            )
         if isinstance(preload, str):
             raise ConfigError(f"preload must be a sequence of names: write ({preload!r},).")
+        if layers not in LAYERS:
+            raise ConfigError(f"layers must be one of {', '.join(LAYERS)}, got {layers!r}.")
         workers = workers or os.cpu_count() or 1
         self.limits = limits or Limits()
         self._pid = os.getpid()
-        self._pool = Pool(self.limits, workers, preload)
+        self._pool = Pool(self.limits, workers, preload, layers, allow_degraded)
         self._finalizer = weakref.finalize(self, _close, self._pool, self._pid)
-        ready: Future[None] = Future()
+        ready: Future[dict[str, Any]] = Future()
         self._post(partial(self._pool.start, ready))
         try:
-            ready.result(start_timeout)
+            facts = ready.result(start_timeout)
+            self.rung: str = facts["rung"]
+            self._guarantees = probe.prove(self.run, self.limits, facts, allow_degraded)
         except TimeoutError:
             self.close()
             raise SandboxUnavailable(
@@ -189,13 +192,18 @@ class PythonSandbox(_Runner):
 
     @property
     def guarantees(self) -> Mapping[str, bool]:
-        """What is enforced (True) and what is not (False), by name."""
-        return GUARANTEES
+        """What is enforced here (True) and what is not (False), by name; see `MEANINGS`."""
+        return self._guarantees
 
     @property
     def restarts(self) -> int:
         """How often the process that forks executions was lost and replaced."""
         return self._pool.restarts
+
+    @property
+    def reruns(self) -> int:
+        """How many runs were lost with that process and ran again, unnoticed by the code."""
+        return self._pool.reruns
 
     def close(self) -> None:
         """Kill all executions and sessions and remove their files; may be called again."""

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rllib_gtpo.sandbox.hub import Hub
 from rllib_gtpo.sandbox.limits import Limits, SandboxUnavailable
@@ -64,6 +65,8 @@ class ZygoteProcess:
         hub: Hub,
         limits: Limits,
         preload: Sequence[str],
+        layers: str,
+        degraded: bool,
         on_event: Callable[[bytes, int, int, float], None],
         on_ready: Callable[[str], None],
         on_death: Callable[[], None],
@@ -74,6 +77,7 @@ class ZygoteProcess:
         self._ready = self._blocked = self.dead = False
         self._outbox: deque[tuple[bytes, list[int]]] = deque()
         self._in_flight = 0
+        self.facts: dict[str, Any] = {}  # see `confine.Confinement.facts`; known when it is ready
         if not sys.executable:
             raise SandboxUnavailable("This interpreter is embedded: sys.executable is empty.")
         self.scratch = tempfile.mkdtemp(prefix="rllib-gtpo-sandbox-")
@@ -85,7 +89,9 @@ class ZygoteProcess:
             "scratch": self.scratch,
             "path": module_path(),
             "preload": list(preload),
-            "child": str(HERE / "child.py"),
+            "home": str(HERE),
+            "layers": layers,
+            "degraded": degraded,
         }
         flags = ["-P", "-s", "-S", "-B", "-X", "utf8"]
         try:
@@ -161,8 +167,9 @@ class ZygoteProcess:
                 self.kill("it ended while starting (is a preloaded module broken?)")
             elif data[:1] == b"!":
                 self.kill(data[1:].decode(errors="replace"))
-            elif data == b"R":
+            elif data[:1] == b"R":
                 self._ready = True
+                self.facts = json.loads(data[1:])
                 self._on_ready("")
             else:
                 op, cell, number, seconds = EVENT.unpack(data)

@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import importlib.util
 import json
 import os
 import select
@@ -23,17 +22,25 @@ import stat
 import struct
 import sys
 import traceback
+import types
 from collections.abc import Iterator
 from typing import Any
 
 REQUEST = struct.Struct("<cQ")  # "F"resh, "S"ession or "K"ill; the cell's id
-EVENT = struct.Struct("<cQqd")  # "P"id, "X" exited (wait status, cpu seconds), "E"rror (errno)
+# "P"id, e"X"ited (wait status, cpu seconds), "E"rror (errno), over the limit of "D"isk or "T"hreads
+EVENT = struct.Struct("<cQqd")
+SEALED = (  # importable where nothing can be opened, besides the preload
+    *("bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "enum"),
+    *("fractions", "functools", "heapq", "itertools", "json", "math", "numbers", "operator"),
+    *("random", "re", "statistics", "string", "textwrap", "threading", "time", "typing"),
+)
+PACKAGE = "_sandbox"  # the name of this directory while its modules are imported here
 WARM_UP = {  # what a first use initialises lazily, and each child would pay for again
     "sympy": "import sympy as s; x = s.Symbol('x'); s.solve(x**2 - 2, x); s.simplify(s.sin(x)**2)",
     "numpy": "import numpy as n; n.linalg.solve(n.eye(2), n.ones(2)); n.random.rand()",
     "math_verify": r"""
 import latex2sympy2_extended, sympy
-for text in r'''-3\sqrt{2}+\sqrt[3]{x}; (x+1)^2=y_1; \frac{-a}{2b}*c; 1-\sin(x)\cos{2x}; \log_{2}(8);
+for text in r'''3\sqrt{2}+\sqrt[3]{x}; (x+1)^2=y_1; \frac{-a}{2b}*c; 1-\sin(x)\cos{2x}; \log_{2}(8);
     \pi r^{2}; e^{-2x}\ln2; 5!; \binom{5}{2}; x>3; |x-1|; 6xyz/7; f(x)\cdot3^n; \tan^2(y)-\infty;
     \sum_{k=1}^{n}k; \int_0^1 x dx; (2n+1)(x-3); \lfloor x\rfloor'''.split(";"):
     sympy.N(sympy.simplify(latex2sympy2_extended.latex2sympy(text, normalization_config=None)))
@@ -102,15 +109,22 @@ def _entries(directory: str) -> Iterator[tuple[str, int]]:
 class Zygote:
     """Serves one host until the host is gone."""
 
-    def __init__(self, config: dict[str, Any], child: Any) -> None:
+    def __init__(self, config: dict[str, Any], child: Any, confinement: Any) -> None:
         """Set up the event sources; `child` is the module that runs code."""
         self.limits, self.scratch, self.child = config["limits"], config["scratch"], child
+        self.confinement = confinement
         self.control = socket.socket(fileno=config["control"])
         self.control.setblocking(False)
         self.outbox: collections.deque[bytes] = collections.deque()
         self.pids: dict[int, int] = {}  # cell id -> pid
         self.cells: dict[int, int] = {}  # pid -> cell id
-        self.sweepers: set[int] = set()
+        self.slots: dict[int, Any] = {}  # pid -> what it runs in
+        self.free: list[Any] = []  # empty slots
+        self.slot_count = 0
+        self.helpers: set[int] = set()  # sweepers and the watchdog
+        self.watchdog = self.reports = -1
+        # Outlives the private root; the directory itself stays empty there.
+        self.parent = os.open(os.path.dirname(self.scratch), os.O_PATH | os.O_CLOEXEC)
         self.pid = os.getpid()
         self.signals, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
@@ -124,6 +138,28 @@ class Zygote:
         if os.getppid() != config["host"]:
             sys.exit("the host is gone")
 
+    def watch(self, watchdog: Any) -> None:
+        """Fork the watchdog if something needs one; `watchdog` is its module."""
+        disk, threads = self.confinement.unbounded()
+        if disk is None and not threads:
+            return
+        self.reports, report = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.watchdog = os.fork()
+        if self.watchdog == 0:
+            try:
+                signal.set_wakeup_fd(-1)
+                for fd in range(3, 1 << 10):
+                    if fd != report:
+                        with contextlib.suppress(OSError):
+                            os.close(fd)
+                watchdog.watch(self.scratch, self.pid, report, disk, threads)
+            finally:
+                os._exit(0)
+        os.close(report)
+        self.helpers.add(self.watchdog)
+        self.record = watchdog.REPORT
+        self.poll.register(self.reports, select.EPOLLIN)
+
     def serve(self) -> None:
         """Handle events until the host closes the control socket or dies."""
         gone = select.EPOLLIN | select.EPOLLHUP  # or there is a request
@@ -132,6 +168,8 @@ class Zygote:
                 if fd == self.signals:
                     os.read(self.signals, 4096)
                     self.reap()
+                elif fd == self.reports:
+                    self.over_limit()
                 elif fd == self.host or (events & gone and not self.receive()):
                     return
             self.flush()
@@ -160,17 +198,34 @@ class Zygote:
 
     def fork(self, cell: int, kind: str, fds: list[int]) -> None:
         """Fork the process of one execution or session."""
-        scratch = os.path.join(self.scratch, str(cell))
+        slot = None
         try:
+            slot = self.free.pop() if self.free else self.open_slot()
             pid = os.fork()
         except OSError as error:
+            if slot is not None:
+                self.free.append(slot)
             self.outbox.append(EVENT.pack(b"E", cell, error.errno or 0, 0.0))
             return
         if pid == 0:
-            self.child.run(kind, fds, scratch, self.limits, self.pid)
+            self.child.run(kind, fds, self.confinement, slot, self.limits)
             os._exit(self.child.EXIT_SETUP)
-        self.pids[cell], self.cells[pid] = pid, cell
+        self.pids[cell], self.cells[pid], self.slots[pid] = pid, cell, slot
         self.outbox.append(EVENT.pack(b"P", cell, pid, 0.0))
+
+    def open_slot(self) -> Any:
+        """A slot with a number, and so a user, that no other has now."""
+        self.slot_count += 1
+        return self.confinement.open_slot(self.slot_count)
+
+    def over_limit(self) -> None:
+        """Kill whom the watchdog reports; the host gives the reason."""
+        for op, number in self.record.iter_unpack(os.read(self.reports, 64 * self.record.size)):
+            by_slot = (pid for pid, slot in self.slots.items() if slot.number == number)
+            pid = number if op == b"T" else next(by_slot, 0)
+            if pid in self.cells:
+                self.outbox.append(EVENT.pack(op, self.cells[pid], 0, 0.0))
+                self.kill(pid)
 
     def kill(self, pid: int) -> None:
         """Kill the process group of a child that has not been reaped yet."""
@@ -189,36 +244,39 @@ class Zygote:
             except ChildProcessError:
                 return
             if info is None:
-                if ended and self.kill_strays():
+                if ended and not self.confinement.confined and self.kill_strays():
                     continue
                 return
             cell = self.cells.pop(info.si_pid, None)
             if cell is not None:
                 self.kill(info.si_pid)  # still a zombie, so the number cannot mean anyone else
             _, status, usage = os.wait4(info.si_pid, 0)
-            self.sweepers.discard(info.si_pid)
+            self.helpers.discard(info.si_pid)
+            if info.si_pid == self.watchdog:
+                sys.exit("the watchdog is gone")
             if cell is None:
                 continue
             ended = True
             del self.pids[cell]
             self.outbox.append(EVENT.pack(b"X", cell, status, usage.ru_utime + usage.ru_stime))
-            self.clean(os.path.join(self.scratch, str(cell)))
+            self.recycle(self.slots.pop(info.si_pid))
 
-    def clean(self, scratch: str) -> None:
-        """Remove an execution's directory; a process of its own does what takes long."""
-        try:
-            os.rmdir(scratch)
-        except FileNotFoundError:
-            pass
-        except OSError:
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    signal.set_wakeup_fd(-1)
-                    sweep(scratch)
-                finally:
-                    os._exit(0)
-            self.sweepers.add(pid)
+    def recycle(self, slot: Any) -> None:
+        """Keep an empty slot for the next; a process of its own sweeps what takes long."""
+        with contextlib.suppress(OSError):
+            if self.confinement.confined and not os.listdir(slot.path):
+                self.free.append(slot)
+                return
+        if self.confinement.close_slot(slot):
+            return
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.set_wakeup_fd(-1)
+                sweep(slot.path)
+            finally:
+                os._exit(0)
+        self.helpers.add(pid)
 
     def kill_strays(self) -> bool:
         """Kill adopted descendants that left their process group; whether there were any."""
@@ -227,7 +285,7 @@ class Zygote:
                 pids = {int(pid) for pid in f.read().split()}
         except OSError:
             return False
-        strays = pids - self.cells.keys() - self.sweepers
+        strays = pids - self.cells.keys() - self.helpers
         for pid in strays:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -250,41 +308,56 @@ class Zygote:
 
     def close(self) -> None:
         """Kill everything and remove every file."""
-        for pid in self.cells:
+        for pid in [*self.cells, *self.helpers]:
             self.kill(pid)
         self.kill_strays()
-        sweep(self.scratch)
+        if self.confinement.namespaces:
+            with contextlib.suppress(OSError):  # the file systems end with us
+                os.rmdir(os.path.basename(self.scratch), dir_fd=self.parent)
+        else:
+            sweep(self.scratch)
 
 
-def load(path: str) -> Any:
-    """Import the file `path` under no name that code in a child could import."""
-    spec = importlib.util.spec_from_file_location("_child", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load(home: str) -> list[Any]:
+    """Import our modules from the directory `home`, under no name that code could import."""
+    package = types.ModuleType(PACKAGE)
+    package.__path__ = [home]
+    sys.modules[PACKAGE] = package
+    names = [f"{PACKAGE}.{name}" for name in ("child", "confine", "watchdog")]
+    modules = [importlib.import_module(name) for name in names]
+    for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
+        del sys.modules[name]
+    return modules
 
 
 def main() -> None:
     """Prepare the interpreter, say so, and serve."""
     config = json.loads(sys.argv[1])
     sys.argv = [""]
-    child = load(config["child"])
+    child, confine, watchdog = load(config["home"])
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: daemonised descendants come here
-    sys.path.extend(config["path"])
-    site.setquit()
-    site.sethelper()
-    zygote = Zygote(config, child)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
+        f.write("1000")  # inherited; a lost zygote is replaced, a lost host is not
     try:
-        for name in config["preload"]:
+        confinement = confine.Confinement(config)
+        zygote = Zygote(config, child, confinement)
+        zygote.watch(watchdog)
+        confinement.enter()
+        sys.path.extend(config["path"])
+        site.setquit()
+        site.sethelper()
+        for name in [*config["preload"], *(SEALED if confinement.sealed else ())]:
             importlib.import_module(name)
             exec(WARM_UP.get(name, ""), {})
-    except BaseException:
-        zygote.control.send(b"!" + traceback.format_exc()[-4000:].encode())
+        confinement.seal()
+    except BaseException as error:
+        refused = isinstance(error, confine.Refused)
+        problem = str(error) if refused else traceback.format_exc()[-4000:]
+        socket.socket(fileno=os.dup(config["control"])).send(b"!" + problem.encode())
         return
     gc.collect()
     gc.freeze()  # the children share these pages as long as no collection writes to them
-    zygote.outbox.append(b"R")
+    zygote.outbox.append(b"R" + json.dumps(confinement.facts()).encode())
     zygote.flush()
     try:
         zygote.serve()
