@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     example = commands.add_parser("example", help="tuned examples")
     actions = example.add_subparsers(dest="action", metavar="list", required=True)
     actions.add_parser("list", help="list the tuned examples").set_defaults(run=_example_list)
+    _add_convert(commands)
     return parser
 
 
@@ -104,6 +105,24 @@ def _add_train_file(sources: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.set_defaults(run=_train_file)
 
 
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="make demonstrations for a cold start from tool traces",
+        description="Convert tool traces (.jsonl, .json, .parquet) to the JSON lines that "
+        "cold_start.data takes.  Rows that cannot be used are left out and counted.",
+    )
+    parser.add_argument("source", type=Path, metavar="IN")
+    parser.add_argument("target", type=Path, metavar="OUT")
+    parser.add_argument("--from", dest="kind", required=True, choices=("openhands", "sharegpt"))
+    parser.add_argument(
+        "--keep-failed",
+        action="store_true",
+        help="also traces that say of themselves that they failed (resolved, success, correct)",
+    )
+    parser.set_defaults(run=_convert)
+
+
 def _count(text: str) -> int:
     number = int(text)
     if number < 0:
@@ -138,6 +157,13 @@ def _example_list(_args: argparse.Namespace) -> int:
     from rllib_gtpo.command.examples import list_examples
 
     return list_examples()
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from rllib_gtpo.command.convert import convert
+
+    print(convert(args.source, args.target, args.kind, keep_failed=args.keep_failed))
+    return 0
 
 
 def _version() -> int:

@@ -145,6 +145,8 @@ def _read(messages: Sequence[Any]) -> list[_Said]:
             one.calls = [_call(call, number) for call in message.get("tool_calls") or ()]
             if message.get("function_call"):
                 raise UnusableRow("function_call is OpenAI's old form: use tool_calls.", number)
+            if not one.calls and not one.text.strip():
+                raise UnusableRow("is empty: give it content or tool_calls.", number)
         said.append(one)
     return said
 

@@ -200,6 +200,7 @@ BAD = [
     ({**ROW, "tools": [{"python": {}}]}, "a tool is not of the form"),
     ({"messages": [user("?"), tool("x"), assistant("y")]}, "message 2: a tool answers where no"),
     ({"messages": [user("?"), assistant("x"), assistant("y")]}, "message 2: .*join them"),
+    ({"messages": [user("?"), assistant(" ")]}, "message 2: is empty"),
     ({"messages": [user("?"), assistant("", call("x")), assistant("y")]}, "1 calls, but 0 tool"),
     ({"messages": [user("?"), assistant("", call("x")), user("!"), assistant("y")]}, "but 0 tool"),
     (
