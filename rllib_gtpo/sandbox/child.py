@@ -168,10 +168,12 @@ def _exit_code(code: object) -> int:
 def _report(error: BaseException) -> None:
     """Print `error` without the frames of this file."""
     tb = error.__traceback__.tb_next if error.__traceback__ else None
-    if isinstance(error, SyntaxError) and tb is None:
+    whole = isinstance(error, SyntaxError) and tb is None  # the cell did not even begin
+    if isinstance(error, SyntaxError) and whole:
         error.__traceback__ = None
+        error.text = error.text or linecache.getline(error.filename or "", error.lineno or 0)
     try:
-        if sys.excepthook is not sys.__excepthook__:
+        if whole or sys.excepthook is not sys.__excepthook__:
             sys.excepthook(type(error), error, tb)
         else:
             sys.stdout.flush()
