@@ -11,6 +11,7 @@
         task["answer"])}
 
 An instance is light and serves one trajectory at a time; `tasks` is called once per rollout worker.
+Reward functions may be `async def`: while one waits (for a grader, a judge), other rollouts go on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -31,6 +32,8 @@ from rllib_gtpo.rewards.rubric import Rubric
 from rllib_gtpo.tools.run import run_calls
 from rllib_gtpo.tools.schema import Tool
 from rllib_gtpo.types import Group, Message, Observation, StopReason, Task, Trajectory, Turn
+
+Components = Mapping[str, float]
 
 
 class ChatSpace(gym.Space[Any]):
@@ -65,8 +68,8 @@ class ToolEnv(gym.Env[Any, Any]):
     tools: ClassVar[Sequence[Callable[..., Any] | Tool]] = ()
     max_turns: ClassVar[int] = 8
     system: ClassVar[str | None] = None  # system message of every conversation
-    tool_timeout: ClassVar[float] = 30.0
-    tool_output_chars: ClassVar[int] = 8192
+    tool_timeout: float = 30.0
+    tool_output_chars: int = 8192
 
     observation_space = ChatSpace()
     action_space = ChatSpace()
@@ -85,14 +88,15 @@ class ToolEnv(gym.Env[Any, Any]):
         """The rows of a split ("train", "validation", "test").
 
         By default the rows of `env_config["tasks"]`: a path (JSON lines, Parquet), an s3://
-        address, a Hugging Face dataset, or a list of dicts.
+        address, a Hugging Face dataset, or a list of dicts; `env_config["columns"]` says which
+        columns become which fields (`rllib_gtpo.columns`).
         """
         if "tasks" not in self.env_config:
             raise DataError(
                 f"{type(self).__name__} has no tasks: override tasks(self, split), or give "
                 "env_config={'tasks': 'path/to/rows.jsonl'}."
             )
-        return load_tasks(self.env_config["tasks"], split)
+        return load_tasks(self.env_config["tasks"], split, self.env_config.get("columns"))
 
     def prompt(self, task: Task) -> str | list[Message]:
         """The task as a user message, or as a list of chat messages."""
@@ -105,7 +109,7 @@ class ToolEnv(gym.Env[Any, Any]):
             "override prompt(self, task)."
         )
 
-    def reward(self, trajectory: Trajectory, task: Task) -> Mapping[str, float]:
+    def reward(self, trajectory: Trajectory, task: Task) -> Components | Awaitable[Components]:
         """Named components of the outcome; they go to the last turn."""
         if "answer" not in task:
             raise DataError(
@@ -114,11 +118,15 @@ class ToolEnv(gym.Env[Any, Any]):
             )
         return {"accuracy": float(trajectory.answer == str(task["answer"]))}
 
-    def turn_reward(self, turn: Turn, task: Task) -> Mapping[str, float] | None:
+    def turn_reward(
+        self, turn: Turn, task: Task
+    ) -> Components | Awaitable[Components | None] | None:
         """Named components of one turn, besides format."""
         return None
 
-    def group_reward(self, group: Group) -> Sequence[Mapping[str, float]] | None:
+    def group_reward(
+        self, group: Group
+    ) -> Sequence[Components] | Awaitable[Sequence[Components] | None] | None:
         """Named components for each member of a finished group, for its last turn."""
         return None
 
@@ -198,20 +206,24 @@ class ToolEnv(gym.Env[Any, Any]):
                 timeout=self.tool_timeout,
                 output_chars=self.tool_output_chars,
             )
-        self.rubric.score_turn(self, trajectory, turn)
+        await self.rubric.score_turn(self, trajectory, turn)
         reason = self._reason_to_stop(trajectory, turn, truncated)
         if reason is not None:
-            self.end(reason)
+            await self.aend(reason)
         messages = [{"role": "tool", "name": r.name, "content": r.content} for r in turn.results]
         over = reason in (StopReason.ANSWER, StopReason.ENV_DONE)
         return Observation(messages), turn.reward, over, reason is not None and not over, {}
 
     def end(self, reason: StopReason) -> None:
+        """`aend`, synchronously."""
+        run_coroutine(self.aend(reason))
+
+    async def aend(self, reason: StopReason) -> None:
         """Ends the trajectory and scores its outcome; whoever runs the rollout may call it, too."""
         assert self.trajectory is not None
         self.trajectory.stop_reason = reason
         self.trajectory.answer = self.answer(self.trajectory) if self.trajectory.turns else None
-        self.rubric.score_end(self, self.trajectory)
+        await self.rubric.score_end(self, self.trajectory)
 
     def _reason_to_stop(
         self, trajectory: Trajectory, turn: Turn, truncated: bool

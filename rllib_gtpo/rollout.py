@@ -65,8 +65,7 @@ class Rollout:
             return f"task {task_id(self._task)}: reset failed: {self.trajectory.error}"
         if not self._see_observation():
             return f"task {task_id(self._task)}: {self.trajectory.error}"
-        room = self._runner.engine.max_context - len(self._context)
-        if room < 1:
+        if self._room < 1:
             return (
                 f"task {task_id(self._task)}: its prompt has {len(self._context)} tokens and "
                 "the context "
@@ -91,18 +90,19 @@ class Rollout:
         """Whether the trajectory has ended."""
         return self.trajectory.stop_reason is not None
 
+    @property
+    def _room(self) -> int:
+        """How many more tokens the context holds."""
+        return self._runner.engine.max_context - len(self._context)
+
     def request(self) -> Request | None:
         """What to generate next; None when the trajectory has ended."""
         if self.done:
             return None
-        room = self._runner.engine.max_context - len(self._context)
-        if room < 1:
-            self._end(StopReason.MAX_TOKENS)
-            return None
         sampling = self._sampling
-        if room < sampling.max_tokens:
+        if self._room < sampling.max_tokens:
             sampling = SamplingParams(
-                room, sampling.temperature, sampling.top_p, sampling.stop_token_ids
+                self._room, sampling.temperature, sampling.top_p, sampling.stop_token_ids
             )
         return Request(self.episode.id_, self._context, sampling, (*self._key, len(self.episode)))
 
@@ -138,6 +138,8 @@ class Rollout:
         if not self.done:
             self._see_observation()
         self._runner.callback("on_episode_step", self.episode)
+        if not self.done and self._room < 1:
+            await self._end(StopReason.MAX_TOKENS)
 
     def close(self) -> None:
         """Frees what the trajectory holds in the engine and the environment; once is enough."""
@@ -167,9 +169,11 @@ class Rollout:
         turn: Turn = self._runner.to_env(self.episode, batch)[Columns.ACTIONS][0]
         return turn
 
-    def _end(self, reason: StopReason) -> None:
+    async def _end(self, reason: StopReason) -> None:
         try:
-            self.env.end(reason)
+            await asyncio.wait_for(self.env.aend(reason), TURN_TIMEOUT_S)
+        except TimeoutError:
+            self._fail(StopReason.ENV_TIMEOUT, TimeoutError(f"no answer in {TURN_TIMEOUT_S:g} s"))
         except Exception as error:
             self._fail(StopReason.ENV_ERROR, error)
         self.episode.is_truncated = True

@@ -78,11 +78,11 @@ class TextEnv(ToolEnv):
         self._success = bool(info.get("is_success", False))
         limit = len(trajectory.turns) >= self.turn_limit
         if terminated:
-            self.end(StopReason.ENV_DONE)
+            await self.aend(StopReason.ENV_DONE)
         elif turn.finish != "stop":
-            self.end(StopReason.TURN_TRUNCATED)
+            await self.aend(StopReason.TURN_TRUNCATED)
         elif truncated or limit:
-            self.end(StopReason.MAX_TURNS)
+            await self.aend(StopReason.MAX_TURNS)
         over = trajectory.stop_reason is not None
         return (
             Observation([{"role": "user", "content": text}]),

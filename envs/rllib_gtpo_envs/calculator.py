@@ -31,22 +31,25 @@ A demonstration (`expert`) behaves in one of six ways, drawn by the task's id fr
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from rllib_gtpo.errors import ConfigError
-from rllib_gtpo.sandbox import Limits, Status
-from rllib_gtpo.tools.python import PythonSession
+from rllib_gtpo.sandbox import Status
 from rllib_gtpo.types import Message, Observation, Task, ToolError, ToolResult, Trajectory
+from rllib_gtpo_envs.chains import (
+    check_chain_knobs,
+    count_operations,
+    first_step,
+    random_chain,
+    result_of,
+)
 from rllib_gtpo_envs.common import (
+    PythonToolEnv,
     ScriptedEnv,
     answered,
     assistant,
-    check_range,
-    check_whole,
     checked_knobs,
     distinct_tasks,
     wrong_number,
@@ -61,9 +64,6 @@ DEMONSTRATIONS = {
     "ignore_error": 0.18,
 }
 """Default weights of the behaviours in demonstrations: two in five solve the task."""
-
-_STEP = re.compile(r"(\d+)([+\-*])(\d+)(.*)")
-_LIMITS = Limits(cpu_seconds=2.0, memory_mb=256, output_chars=512)
 
 
 @dataclass(frozen=True)
@@ -97,20 +97,11 @@ class Knobs:
     def of(env_config: Mapping[str, Any]) -> Knobs:
         """Checked knobs; ConfigError says what is valid."""
         knobs = checked_knobs(Knobs, env_config, DEMONSTRATIONS)
-        for name, low, high in (
-            ("operations", 1, 8),
-            ("numbers", 0, 99_999),
-            ("factors", 0, 99_999),
-        ):
-            check_range(name, getattr(knobs, name), low, high)
-        check_whole("largest", knobs.largest, 1)
-        operators = knobs.operators
-        if not isinstance(operators, str) or not operators or not set(operators) <= set("+-*"):
-            raise ConfigError(f"env_config: operators={operators!r}: one or more of '+-*'.")
+        check_chain_knobs(knobs)
         return knobs
 
 
-class Calculator(ScriptedEnv):
+class Calculator(PythonToolEnv, ScriptedEnv):
     """Chains of operations from left to right.  `env_config`: see `Knobs`."""
 
     knobs: Knobs
@@ -120,7 +111,6 @@ class Calculator(ScriptedEnv):
         self.knobs = Knobs.of(self.env_config)
         self.turn_limit = self.knobs.operations[1] + 3
         self._left = ""
-        self._session: PythonSession | None = None
 
     def tasks(self, split: str) -> Iterable[Task]:
         """Rows {"id", "question", "answer", "operations"}; all problems of all splits differ."""
@@ -144,17 +134,14 @@ class Calculator(ScriptedEnv):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         """See ToolEnv; the chain is whole again and the Python session new."""
-        self.close()
         first = super().reset(seed=seed, options=options)
         assert self.trajectory is not None
         self._left = str(self.trajectory.task["question"])
-        self._session = PythonSession(_LIMITS)
         return first
 
     async def python(self, code: str) -> ToolResult:
         """Run Python and see what it prints and what is left of the chain.  code: the code."""
-        assert self._session is not None, "reset() first"
-        result = await self._session.arun(code)
+        result = await self.run_python(code)
         failed = result.status is not Status.OK
         output = result.output.strip()
         if failed:  # the last line of a traceback says it all
@@ -164,16 +151,10 @@ class Calculator(ScriptedEnv):
 
     tools = (python,)
 
-    def close(self) -> None:
-        """Ends the trajectory's Python session."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
-
     def demonstrate(self, task: Task, behaviour: str, rng: random.Random) -> list[Message]:
         """A demonstration of a named behaviour: what the model says and what it is answered."""
         left, answer = str(task["question"]), str(task["answer"])
-        operations = len(re.findall(r"[+\-*]", left))
+        operations = count_operations(left)
         if behaviour == "guess" or (behaviour == "stop_early" and operations == 1):
             return [assistant(wrong_number(answer, rng))]
         steps = rng.randint(1, operations - 1) if behaviour == "stop_early" else operations
@@ -181,7 +162,9 @@ class Calculator(ScriptedEnv):
         messages: list[Message] = []
         value = ""
         for number in range(steps):
-            first, operator, second, _ = _parts(left)
+            step = first_step(left)
+            assert step is not None, left
+            first, operator, second, _ = step
             if number == slip_at and behaviour in ("retry", "ignore_error"):
                 messages.append(assistant(self.call(f"print(x{operator}{second})")))
                 messages.append(answered(_feedback("NameError: name 'x' is not defined", left)[1]))
@@ -190,30 +173,20 @@ class Calculator(ScriptedEnv):
             code = f"print({first}{operator}{second})"
             if number == slip_at and behaviour == "malformed":
                 messages += self.unclosed(code)
-            value = str(_value(int(first), operator, int(second)))
+            value = str(result_of(int(first), operator, int(second)))
             left, content = _feedback(value, left)
             messages += [assistant(self.call(code)), answered(content)]
         return [*messages, assistant(value)]
 
 
-def _parts(left: str) -> tuple[str, str, str, str]:
-    """First number, operator, second number and the rest of a chain that has a step left."""
-    match = _STEP.fullmatch(left)
-    assert match is not None, left
-    return match.group(1), match.group(2), match.group(3), match.group(4)
-
-
-def _value(first: int, operator: str, second: int) -> int:
-    return {"+": first + second, "-": first - second, "*": first * second}[operator]
-
-
 def _feedback(output: str, left: str) -> tuple[str, str]:
     """What is left once a call printed `output`, and what the model sees of both."""
-    if _STEP.fullmatch(left):
-        first, operator, second, rest = _parts(left)
-        if output == str(_value(int(first), operator, int(second))):
+    step = first_step(left)
+    if step is not None:
+        first, operator, second, rest = step
+        if output == str(result_of(int(first), operator, int(second))):
             left = output + rest
-    return left, f"{output or '(no output)'}\nleft: {left if _STEP.fullmatch(left) else 'none'}"
+    return left, f"{output or '(no output)'}\nleft: {left if first_step(left) else 'none'}"
 
 
 @lru_cache(maxsize=8)
@@ -224,22 +197,8 @@ def _rows(knobs: Knobs, split: str) -> tuple[Task, ...]:
 
 
 def _task(knobs: Knobs, rng: random.Random) -> Task | None:
-    question, answer = _chain(knobs, rng)
+    question, answer = random_chain(knobs, rng)
     if answer is None:
         return None
-    operations = len(re.findall(r"[+\-*]", question))
+    operations = count_operations(question)
     return {"question": question, "answer": str(answer), "operations": operations}
-
-
-def _chain(knobs: Knobs, rng: random.Random) -> tuple[str, int | None]:
-    """A random chain and its value, or None if a result on the way is out of bounds."""
-    value = rng.randint(*knobs.numbers)
-    question = str(value)
-    for _ in range(rng.randint(*knobs.operations)):
-        operator = rng.choice(knobs.operators)
-        number = rng.randint(*(knobs.factors if operator == "*" else knobs.numbers))
-        value = _value(value, operator, number)
-        question += f"{operator}{number}"
-        if not 0 <= value <= knobs.largest:
-            return question, None
-    return question, value

@@ -1,4 +1,4 @@
-"""What the ready-made tasks share: checked knobs, disjoint splits, and demonstrations' messages."""
+"""What the ready-made tasks share: knobs, disjoint splits, demonstrations, a Python session."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import Any, Protocol, TypeVar
 from rllib_gtpo import ToolEnv
 from rllib_gtpo.chat import call_format
 from rllib_gtpo.errors import ConfigError, did_you_mean
-from rllib_gtpo.types import Message, Task
+from rllib_gtpo.sandbox import Limits, SandboxResult
+from rllib_gtpo.tools.python import PythonSession, Service
+from rllib_gtpo.types import Message, Observation, Task
 
 K = TypeVar("K", bound=Any)
 UNCLOSED = "Error: the block is not closed with ```"
@@ -70,6 +72,44 @@ class ScriptedEnv(ToolEnv):
         written = self.call(text).removesuffix("\n```").removesuffix("</tool_call>")
         call = self.call_format.parse(written, self.tool_schemas).calls[0]
         return [assistant(written), answered(f"Error: {call.error}")]
+
+
+class PythonToolEnv(ToolEnv):
+    """A task whose tool runs Python: a session for each trajectory, which ends with it."""
+
+    python_limits: Limits = Limits(cpu_seconds=2.0, memory_mb=256, output_chars=512)
+    python_preload: tuple[str, ...] = ()
+    python_stateful: bool = True  # whether names stay from one call to the next
+    python_service: Service | None = None  # None: this machine's own sandbox
+
+    def __init__(self, env_config: Mapping[str, Any] | None = None) -> None:
+        super().__init__(env_config)
+        self._session: PythonSession | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """See ToolEnv; the Python session is new."""
+        self.close()
+        first = super().reset(seed=seed, options=options)
+        self._session = PythonSession(
+            self.python_limits,
+            self.python_preload,
+            sandbox=self.python_service,
+            stateful=self.python_stateful,
+        )
+        return first
+
+    async def run_python(self, code: str) -> SandboxResult:
+        """Runs code in the trajectory's session."""
+        assert self._session is not None, "reset() first"
+        return await self._session.arun(code)
+
+    def close(self) -> None:
+        """Ends the trajectory's Python session."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
 
 
 def distinct_tasks(

@@ -51,10 +51,10 @@ from typing import Any
 
 from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.sandbox import Limits, Status
-from rllib_gtpo.tools.python import PythonSession
 from rllib_gtpo.types import Message, Observation, Task, ToolError, ToolResult, Trajectory
 from rllib_gtpo_envs.common import (
     UNCLOSED,
+    PythonToolEnv,
     ScriptedEnv,
     answered,
     assistant,
@@ -91,7 +91,6 @@ _INPUTS = ((5, 23, 14, 9), (38, 6, 61, 27), (9, 97, 35, 120), (14, 75, 8, 43), (
 # The bits of these overlap, so that +, | and ^ differ even on small values.
 _DIGITS = "3567"
 _LINE = re.compile(r"(\w)(\W)=(\w)")
-_LIMITS = Limits(cpu_seconds=2.0, memory_mb=256, output_chars=4096)
 _RUN = """\
 _results = []
 for _row in {inputs}:
@@ -159,9 +158,10 @@ class Knobs:
         return knobs
 
 
-class Repair(ScriptedEnv):
+class Repair(PythonToolEnv, ScriptedEnv):
     """Programs to mend.  `env_config`: see `Knobs`."""
 
+    python_limits = Limits(cpu_seconds=2.0, memory_mb=256, output_chars=4096)
     knobs: Knobs
 
     def __init__(self, env_config: Mapping[str, Any] | None = None) -> None:
@@ -169,7 +169,6 @@ class Repair(ScriptedEnv):
         self.knobs = Knobs.of(self.env_config)
         self.turn_limit = len(self.knobs.operators) - 1 + self.knobs.spare_turns
         self._passed = False
-        self._session: PythonSession | None = None
 
     def tasks(self, split: str) -> Iterable[Task]:
         """Rows {"id", "question", "answer", "wrong"}; no two of all splits are equal.
@@ -203,18 +202,16 @@ class Repair(ScriptedEnv):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         """See ToolEnv; nothing has been submitted, and the Python session is new."""
-        self.close()
         first = super().reset(seed=seed, options=options)
         self._passed = False
-        self._session = PythonSession(_LIMITS)
         return first
 
     async def submit(self, code: str) -> ToolResult:
         """Run a program on the tests and see which lines are wrong.  code: the whole program."""
-        assert self._session is not None and self.trajectory is not None, "reset() first"
+        assert self.trajectory is not None, "reset() first"
         right = _program(str(self.trajectory.task["answer"]))
         names = "".join(line.variable for line in right)
-        result = await self._session.arun(_RUN.format(inputs=_INPUTS, code=code, names=names))
+        result = await self.run_python(_RUN.format(inputs=_INPUTS, code=code, names=names))
         failed = result.status is not Status.OK
         wrong = list(names) if failed else _judged(right, _values(result.output, len(names)))
         self._passed = self._passed or not wrong
@@ -224,12 +221,6 @@ class Repair(ScriptedEnv):
         return ToolResult("submit", content, ToolError.RAISED if failed else None)
 
     tools = (submit,)
-
-    def close(self) -> None:
-        """Ends the trajectory's Python session."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
 
     def demonstrate(self, task: Task, behaviour: str, rng: random.Random) -> list[Message]:
         """A demonstration of a named behaviour: what the model says and what it is answered.

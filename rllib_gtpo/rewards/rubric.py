@@ -7,11 +7,13 @@ for mere tool use.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rllib_gtpo.aio import run_coroutine
 from rllib_gtpo.errors import RewardError
 from rllib_gtpo.types import Group, ToolError, Trajectory, Turn
 
@@ -32,7 +34,7 @@ class Rubric:
     format_penalty: float = 0.1
     penalize_tool_errors: float = 0.0
 
-    def score_turn(self, env: ToolEnv, trajectory: Trajectory, turn: Turn) -> None:
+    async def score_turn(self, env: ToolEnv, trajectory: Trajectory, turn: Turn) -> None:
         """Adds the components of one turn; call it once, when the turn's tools have answered."""
         rewards: dict[str, float] = {}
         if self.format_penalty and env.has_tools:
@@ -41,20 +43,23 @@ class Rubric:
         if self.penalize_tool_errors:
             failed = any(r.error in (ToolError.RAISED, ToolError.TIMEOUT) for r in turn.results)
             rewards["tool_errors"] = -self.penalize_tool_errors if failed else 0.0
-        merge_components(rewards, env.turn_reward(turn, trajectory.task), "turn_reward")
+        own = await _awaited(env.turn_reward(turn, trajectory.task))
+        merge_components(rewards, own, "turn_reward")
         merge_components(turn.rewards, rewards, "turn_reward")
 
-    def score_end(self, env: ToolEnv, trajectory: Trajectory) -> None:
+    async def score_end(self, env: ToolEnv, trajectory: Trajectory) -> None:
         """Adds the outcome's components to the last turn; call it once, when the trajectory
         ended."""
         if trajectory.turns:
-            components = env.reward(trajectory, trajectory.task)
+            components = await _awaited(env.reward(trajectory, trajectory.task))
             merge_components(trajectory.turns[-1].rewards, components, "reward")
         trajectory.correct = bool(trajectory.turns) and env.correct(trajectory, trajectory.task)
 
     def score_group(self, env: ToolEnv, group: Group) -> None:
         """Adds components that depend on the whole group to the last turns of its members."""
         per_member = env.group_reward(group)
+        if inspect.isawaitable(per_member):
+            per_member = run_coroutine(_awaited(per_member))
         if per_member is None:
             return
         if len(per_member) != len(group.trajectories):
@@ -65,6 +70,11 @@ class Rubric:
         for trajectory, components in zip(group.trajectories, per_member, strict=True):
             if trajectory.turns:
                 merge_components(trajectory.turns[-1].rewards, components, "group_reward")
+
+
+async def _awaited(value: Any | Awaitable[Any]) -> Any:
+    """What a reward function returned, whether or not it is a coroutine function."""
+    return await value if inspect.isawaitable(value) else value
 
 
 def merge_components(

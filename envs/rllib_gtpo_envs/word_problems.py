@@ -1,0 +1,153 @@
+"""Word problems made from a seed, and demonstrations of solving them with a Python tool.
+
+    user       Ann has 23 pens, gets 17 more, loses 8. How many pens has Ann now?
+    assistant  ```python          tool  40
+               x=23+17
+               print(x)
+               ```
+    assistant  ```python          tool  32
+               x=x-8
+               print(x)
+               ```
+    assistant  \\boxed{32}
+
+A demonstration behaves in one of six ways:
+
+    solve         one call for each thing that happens, then the answer
+    retry         the same, but one call first uses a name that does not exist, and is written again
+    malformed     the same, but one call is first left unclosed, and is written again
+    guess         a wrong number at once, without a call
+    stop_early    an intermediate result as the answer
+    ignore_error  a call fails, and a wrong number is the answer
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from rllib_gtpo.types import Message, Task
+from rllib_gtpo_envs.chains import count_operations, first_step, random_chain, result_of
+from rllib_gtpo_envs.common import UNCLOSED, answered, assistant, distinct_tasks, wrong_number
+
+DEMONSTRATIONS = {
+    "solve": 0.24,
+    "retry": 0.11,
+    "malformed": 0.05,
+    "guess": 0.20,
+    "stop_early": 0.22,
+    "ignore_error": 0.18,
+}
+"""Default weights of the behaviours in demonstrations: two in five solve the task."""
+NAMES = ("Ann", "Bob", "Eve", "Kim", "Tom", "Zoe")
+THINGS = ("pens", "cups", "nuts", "eggs", "maps", "keys")
+EVENTS = {
+    "+": (", gets {} more", ", finds {} more"),
+    "-": (", loses {}", ", gives away {}"),
+    "*": (", then has {} times as many", ", makes it {} times as many"),
+}
+NO_NAME = "NameError: name 'y' is not defined"
+MARKUP = (
+    *(f"{name} has " for name in NAMES),
+    *(f" {thing}" for thing in THINGS),
+    *(part for events in EVENTS.values() for event in events for part in event.split("{}") if part),
+    ". How many",
+    *(f" has {name} now?" for name in NAMES),
+    "x=",
+    "x=x",
+    "x=y",
+    "\nprint(x)",
+    "\\boxed{",
+    NO_NAME,
+    UNCLOSED,
+)
+"""Tokens for `build_tokenizer(MARKUP)`, which keep the turns of a model made from scratch short."""
+
+
+@dataclass(frozen=True)
+class WordProblems:
+    """What problems and demonstrations are made from; documented in `python_math.Knobs`."""
+
+    seed: int = 0
+    operations: tuple[int, int] = (2, 3)
+    numbers: tuple[int, int] = (2, 99)
+    factors: tuple[int, int] = (2, 9)
+    operators: str = "+-*"
+    largest: int = 9999
+    train: int = 8000
+    validation: int = 256
+    test: int = 256
+    demonstrations: tuple[tuple[str, float], ...] = field(default=tuple(DEMONSTRATIONS.items()))
+
+
+@lru_cache(maxsize=8)
+def word_problems(problems: WordProblems, split: str) -> tuple[Task, ...]:
+    """Rows {"id", "question", "answer", "chain"}; no problem is in two splits."""
+    wanted = getattr(problems, split, 0)
+    return distinct_tasks(lambda rng: _problem(problems, rng), split, wanted, problems.seed)
+
+
+def _problem(problems: WordProblems, rng: random.Random) -> Task | None:
+    chain, answer = random_chain(problems, rng)
+    numbers = re.findall(r"\d+", chain)
+    if answer is None or len(set(numbers)) < len(numbers):  # each number names its event
+        return None
+    name, thing = rng.choice(NAMES), rng.choice(THINGS)
+    text = f"{name} has {numbers[0]} {thing}"
+    for operator, number in zip(re.findall(r"[+\-*]", chain), numbers[1:], strict=True):
+        text += rng.choice(EVENTS[operator]).format(number)
+    question = f"{text}. How many {thing} has {name} now?"
+    return {"question": question, "answer": str(answer), "chain": chain}
+
+
+def demonstrate(
+    task: Task,
+    behaviour: str,
+    rng: random.Random,
+    *,
+    session: bool,
+    call: Callable[[str], str],
+    unclosed: Callable[[str], list[Message]],
+) -> list[Message]:
+    """A demonstration of a named behaviour.
+
+    session: Whether a call sees the variables of those before it.
+    call, unclosed: How a call is written, and one without its end with what is answered to it.
+    """
+    left, answer = str(task["chain"]), str(task["answer"])
+    operations = count_operations(left)
+    if behaviour == "guess" or (behaviour == "stop_early" and operations == 1):
+        return [_boxed(wrong_number(answer, rng))]
+    steps = rng.randint(1, operations - 1) if behaviour == "stop_early" else operations
+    slip_at = rng.randrange(operations)
+    messages: list[Message] = []
+    value = ""
+    for number in range(steps):
+        step = first_step(left)
+        assert step is not None, left
+        first, operator, second, rest = step
+        known = "x" if session and number else first
+        if number == slip_at and behaviour in ("retry", "ignore_error"):
+            messages += [assistant(call(_code("y", operator, second, session))), answered(NO_NAME)]
+            if behaviour == "ignore_error":
+                return [*messages, _boxed(wrong_number(answer, rng))]
+        code = _code(known, operator, second, session)
+        if number == slip_at and behaviour == "malformed":
+            messages += unclosed(code)
+        value = str(result_of(int(first), operator, int(second)))
+        left = value + rest
+        messages += [assistant(call(code)), answered(value)]
+    return [*messages, _boxed(value)]
+
+
+def _code(first: str, operator: str, second: str, session: bool) -> str:
+    if session:
+        return f"x={first}{operator}{second}\nprint(x)"
+    return f"print({first}{operator}{second})"
+
+
+def _boxed(answer: str) -> Message:
+    return assistant(f"\\boxed{{{answer}}}")
