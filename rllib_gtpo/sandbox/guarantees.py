@@ -27,7 +27,7 @@ MEANINGS: Mapping[str, str] = MappingProxyType(
         "ipc objects": "no System V or POSIX IPC object that outlives it",
         "system call filter": "an allowlist; other system calls and foreign ABIs are refused",
         "own user": "a user of its own per execution, without capabilities",
-        "own namespaces": "no view of the host's processes, network, IPC or mounts",
+        "own namespaces": "no view of the host's files, mounts, network or IPC",
     }
 )
 NAMES = frozenset(MEANINGS)

@@ -45,7 +45,7 @@ PLAIN = {
     **dict(clock_getres=229, clock_nanosleep=230, exit_group=231, epoll_wait=232, epoll_ctl=233),
     **dict(waitid=247, newfstatat=262, faccessat=269, pselect6=270, ppoll=271),
     **dict(set_robust_list=273, epoll_pwait=281, eventfd=284, eventfd2=290, epoll_create1=291),
-    **dict(dup3=292, pipe2=293, preadv=295, pwritev=296, getcpu=309, getrandom=318),
+    **dict(dup3=292, preadv=295, pwritev=296, getcpu=309, getrandom=318),
     **dict(membarrier=324, preadv2=327, pwritev2=328, statx=332, rseq=334, close_range=436),
     **dict(faccessat2=439, epoll_pwait2=441),
 }
@@ -111,6 +111,13 @@ def _open(index: int) -> list[Instruction]:
     ]
 
 
+_PIPE2 = [  # without O_NOTIFICATION_PIPE
+    (_LOAD, 0, 0, _argument(1)),
+    (_AND, 0, 0, 0o200),
+    (_JUMP_EQUAL, 1, 0, 0),
+    _result(ERRNO | EPERM),
+    _result(ALLOW),
+]
 _CLONE = [
     (_LOAD, 0, 0, _argument(0)),
     (_AND, 0, 0, _THREAD | _NOT_THREAD),
@@ -148,6 +155,7 @@ def rules(sealed: bool) -> dict[int, list[Instruction]]:
         62: _one_of(0, (PID,)),  # kill
         72: _one_of(1, FCNTL_COMMANDS),
         157: _one_of(0, PRCTLS),
+        293: _PIPE2,
         234: _one_of(0, (PID,)),  # tgkill
         302: _one_of(0, (0, PID)),  # prlimit64
         435: [_result(ERRNO | ENOSYS)],  # clone3: its flags lie in memory; libc falls back to clone
