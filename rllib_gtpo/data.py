@@ -192,7 +192,8 @@ def _s3_rows(address: str) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / f"rows{Path(key).suffix}"
         try:
-            boto3.client("s3").download_file(bucket, key, str(local))
+            # A session of its own: boto3's default one keeps the credentials that it saw first.
+            boto3.Session().client("s3").download_file(bucket, key, str(local))
         except (BotoCoreError, ClientError) as error:
             raise DataError(
                 f"{address}: {error}. Check the address, and that credentials with the right to "

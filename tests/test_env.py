@@ -9,7 +9,7 @@ from rllib_gtpo.env import task_id
 from rllib_gtpo.errors import DataError, EnvironmentFault, RewardError
 from rllib_gtpo.rewards import Rubric
 from rllib_gtpo.text_env import as_tool_env
-from rllib_gtpo.types import StopReason, Turn
+from rllib_gtpo.types import Group, StopReason, Turn
 
 
 def search(query: str) -> str:
@@ -174,8 +174,6 @@ class TestRewards:
             started(Bad()).step("Paris")
 
     def test_group_rewards_go_to_last_turns(self):
-        from rllib_gtpo.types import Group
-
         class Grouped(Handbook):
             def group_reward(self, group):
                 return [{"rank": float(i)} for i, _ in enumerate(group.trajectories)]
@@ -188,6 +186,61 @@ class TestRewards:
         envs[0].rubric.score_group(envs[0], group)
         assert [t.turns[-1].rewards["rank"] for t in group.trajectories] == [0.0, 1.0]
         assert "rank" not in group.trajectories[1].turns[0].rewards
+
+
+class TestAsynchronousRewards:
+    class Judged(Handbook):
+        """Every reward waits for a judge."""
+
+        async def reward(self, trajectory, task):
+            await asyncio.sleep(self.env_config.get("seconds", 0.0))
+            return {"accuracy": float(trajectory.answer == task["answer"])}
+
+        async def turn_reward(self, turn, task):
+            await asyncio.sleep(0)
+            return {"calls": float(len(turn.calls))}
+
+        async def group_reward(self, group):
+            await asyncio.sleep(0)
+            return [{"rank": float(i)} for i, _ in enumerate(group.trajectories)]
+
+    def test_they_count_like_any_other(self):
+        env = started(self.Judged())
+        env.step(CALL % "France")
+        assert env.step("Paris")[1] == 1.0
+        assert [t.rewards for t in env.trajectory.turns] == [
+            {"format": 0.0, "calls": 1.0},
+            {"format": 0.0, "calls": 0.0, "accuracy": 1.0},
+        ]
+        assert env.trajectory.correct
+        group = Group(0, {}, [env.trajectory])
+        env.rubric.score_group(env, group)
+        assert env.trajectory.turns[-1].rewards["rank"] == 0.0
+
+    def test_a_trajectory_that_is_ended_from_outside_is_scored(self):
+        env = started(self.Judged())
+        env.step(CALL % "France")
+        env.end(StopReason.MAX_TOKENS)
+        assert env.trajectory.turns[-1].rewards == {"format": 0.0, "calls": 1.0, "accuracy": 0.0}
+
+    def test_while_one_waits_the_others_go_on(self):
+        envs = [started(self.Judged({"seconds": 0.5})) for _ in range(20)]
+
+        async def all_at_once():
+            await asyncio.gather(*(env.astep("Paris") for env in envs))
+
+        began = time.perf_counter()
+        asyncio.run(all_at_once())
+        assert time.perf_counter() - began < 5  # one after the other it takes 10 s
+        assert all(env.trajectory.correct for env in envs)
+
+    def test_what_they_raise_reaches_the_caller(self):
+        class Broken(Handbook):
+            async def reward(self, trajectory, task):
+                raise KeyError("no judge")
+
+        with pytest.raises(KeyError, match="no judge"):
+            started(Broken()).step("Paris")
 
 
 class TestTasks:
