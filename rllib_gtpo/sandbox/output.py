@@ -57,13 +57,12 @@ class Output:
         return before + text + after
 
     def _text(self, room: int) -> str:
-        dropped = self.total - len(self._head) - len(self._tail)
-        if dropped == 0:
+        if self.total <= 2 * self._keep:  # not what was dropped: that depends on the pieces' sizes
             return clip((self._head + self._tail).decode("utf-8", "backslashreplace"), room)
         # Something is missing between head and tail, so that neither can be short of `room`
         # characters; a character cut at the seam lies in the part that is thrown away.
         head = self._head.decode("utf-8", "backslashreplace")
-        tail = self._tail.decode("utf-8", "backslashreplace")
+        tail = self._tail[-self._keep :].decode("utf-8", "backslashreplace")
         side = (room - len(_marker(self.total, "bytes"))) // 2
         kept = [head[:side], tail[len(tail) - side :]]
         size = sum(len(part.encode("utf-8", "backslashreplace")) for part in kept)
