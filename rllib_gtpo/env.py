@@ -134,6 +134,10 @@ class ToolEnv(gym.Env[Any, Any]):
         """The final answer: the last turn without thinking and calls; None if it was truncated."""
         return None if trajectory.truncated else trajectory.turns[-1].content.strip()
 
+    def same_answer(self, one: str, other: str, task: Task) -> bool:
+        """Whether two answers count as one in a majority vote (maj@k); equal texts always do."""
+        return one == other
+
     def correct(self, trajectory: Trajectory, task: Task) -> bool:
         """Whether the trajectory solved its task: by default an `accuracy` of at least 1."""
         return trajectory.turns[-1].rewards.get("accuracy", 0.0) >= 1.0

@@ -54,11 +54,13 @@ class GroupJob:
 
     position: index into the endless, seeded stream of tasks; also the group's id.
     members: how many trajectories.  iteration: part of the sampler's key.
+    split: where the task is; None: the training split, or the first one of an evaluation.
     """
 
     position: int
     members: int
     iteration: int
+    split: str | None = None
 
 
 @dataclass
@@ -77,6 +79,23 @@ class Rollouts:
     failure: Exception | None = None  # what went wrong, if the runner itself could not go on
 
 
+def evaluation_splits(config: Any) -> list[str]:
+    """The splits of an evaluation, of which there may be several: each is a dataset of its own."""
+    given = config.evaluation_split
+    splits = [given] if isinstance(given, str) else given
+    if (
+        not isinstance(splits, (list, tuple))
+        or not splits
+        or not all(isinstance(split, str) for split in splits)
+        or len(set(splits)) < len(splits)
+    ):
+        raise ConfigError(
+            f"evaluation split={given!r}: the name of a split of the environment, or a list of "
+            "different ones."
+        )
+    return list(splits)
+
+
 class GTPOEnvRunner(EnvRunner, Checkpointable):
     """Rolls out groups of a ToolEnv's tasks with the module's weights."""
 
@@ -88,7 +107,8 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         )
         self._callbacks = [cls() for cls in _as_list(self.config.callbacks_class)]
         self._weights_seq_no = 0
-        self._tasks: list[Task] = []  # of the one split that this runner serves
+        self._tasks: dict[str, list[Task]] = {}  # of the splits that were asked for
+        self._order: EndlessOrder | None = None  # of the training tasks
         self.make_env()
         self.codec = self.config.build_codec()
         self._shaping = self.config.build_shaping()
@@ -159,28 +179,37 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         except Exception as error:  # it may not survive pickling, and its traceback would not
             return Rollouts(failure=EnvironmentFault(f"{error!r}\n{traceback.format_exc()}"))
 
-    def task_at(self, position: int) -> Task | None:
-        """The task at a position of the endless shuffled stream, or of the evaluation split.
+    def task_at(self, position: int, split: str | None = None) -> Task | None:
+        """The task at a position of the endless shuffled stream, or of an evaluation split.
 
         None behind the end of an evaluation split.
         """
-        if not self._tasks:
-            split = self.config.evaluation_split if self.config.in_evaluation else "train"
-            self._tasks = list(self.env.tasks(split))
-            if not self._tasks:
+        tasks = self._tasks_of(split or self._default_split)
+        if not self.config.in_evaluation:
+            self._order = self._order or EndlessOrder(len(tasks), self.config.seed or 0)
+            return tasks[self._order[position]]
+        return tasks[position] if position < len(tasks) else None
+
+    @property
+    def _default_split(self) -> str:
+        return evaluation_splits(self.config)[0] if self.config.in_evaluation else "train"
+
+    def _tasks_of(self, split: str) -> list[Task]:
+        if split not in self._tasks:
+            tasks = list(self.env.tasks(split))
+            if not tasks:
                 raise DataError(
                     f"{type(self.env).__name__}.tasks({split!r}) has no rows: check the data, or "
                     "set evaluation(split=...) to a split that exists."
                 )
-            self._order = EndlessOrder(len(self._tasks), self.config.seed or 0)
-        if not self.config.in_evaluation:
-            return self._tasks[self._order[position]]
-        return self._tasks[position] if position < len(self._tasks) else None
+            self._tasks[split] = tasks
+        return self._tasks[split]
 
     def _open_group(self, job: GroupJob, out: Rollouts) -> list[Rollout]:
-        task = self.task_at(job.position)
+        split = job.split or self._default_split
+        task = self.task_at(job.position, split)
         if task is None:
-            out.skipped[job.position] = f"the split has only {len(self._tasks)} tasks"
+            out.skipped[job.position] = f"{split!r} has only {len(self._tasks[split])} tasks"
             return []
         sampling = SamplingParams(
             max_tokens=self.config.max_turn_tokens,

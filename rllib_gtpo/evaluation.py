@@ -1,23 +1,33 @@
-"""Evaluation on a split: whole tasks, sampled by the evaluation runners, as exact means."""
+"""Evaluation: whole tasks, sampled by the evaluation runners, as exact means.
+
+On one split its metrics are the evaluation's.  Of several, each has its own under `split/NAME/...`,
+and those of the evaluation are over the rollouts of all.  With `samples_per_task` above 1 the
+metrics `avg@k`, `pass@k` and `maj@k` say more than the accuracy; see rllib_gtpo.at_k.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.env.env_context import EnvContext
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
-from rllib_gtpo.env_runner import GroupJob
+from rllib_gtpo.at_k import compute_at_k
+from rllib_gtpo.env_runner import GroupJob, evaluation_splits
 from rllib_gtpo.episodes import groups_of
 from rllib_gtpo.errors import ConfigError, DataError
-from rllib_gtpo.metrics import rollout_metrics
+from rllib_gtpo.metrics import nested, rollout_metrics
 from rllib_gtpo.progress import Progress
-from rllib_gtpo.sampling import refuse_broken_environment, sample_groups
+from rllib_gtpo.sampling import Sampled, refuse_broken_environment, sample_groups
+from rllib_gtpo.text_env import as_tool_env
 
 
 def evaluate_split(algorithm: Any, runners: Any) -> tuple[dict[str, Any], int, int]:
-    """RLlib's custom evaluation function: up to `evaluation_duration` trajectories of the
-    split.
+    """RLlib's custom evaluation function: up to `evaluation_duration` trajectories of each split.
 
     The tasks and the sampler's keys are the same at every evaluation, so differences are the
     policy's.
@@ -28,29 +38,71 @@ def evaluate_split(algorithm: Any, runners: Any) -> tuple[dict[str, Any], int, i
             "evaluation(evaluation_num_env_runners=...)."
         )
     config = algorithm.evaluation_config
-    members = config.evaluation_samples_per_task
-    tasks = max(1, config.evaluation_duration // members)
-    jobs = [GroupJob(position, members, 0) for position in range(tasks)]
-    with Progress("evaluation", len(jobs) * members, enabled=config.progress) as bar:
-        sampled = sample_groups(
-            runners,
-            jobs,
-            restore=lambda: algorithm.restore_env_runners(runners),
-            on_trajectory=bar.step,
-        )
+    splits = evaluation_splits(config)
+    tasks = max(1, config.evaluation_duration // config.evaluation_samples_per_task)
+    rollouts = len(splits) * tasks * config.evaluation_samples_per_task
+    with Progress("evaluation", rollouts, enabled=config.progress) as bar:
+        sampled = {split: _sample(algorithm, runners, split, tasks, bar) for split in splits}
+    env = as_tool_env(algorithm.env_creator(EnvContext(config.env_config, worker_index=0)))
+    metrics: dict[str, float] = {}
+    for split, part in sampled.items():
+        groups = groups_of(part.episodes)
+        refuse_broken_environment(groups, part.discarded)
+        own = rollout_metrics(groups, part.discarded) | compute_at_k(groups, env.same_answer)
+        of = "" if len(splits) == 1 else f"split/{split}/"
+        metrics |= {of + name: value for name, value in own.items()}
+    env.close()
+    if len(splits) > 1:
+        groups = [group for part in sampled.values() for group in groups_of(part.episodes)]
+        metrics |= rollout_metrics(groups, [t for p in sampled.values() for t in p.discarded])
+    _log(algorithm, metrics, sampled.values())
+    steps = sum(len(episode) for part in sampled.values() for episode in part.episodes)
+    return dict(metrics), steps, steps
+
+
+def evaluate_checkpoint(
+    config: AlgorithmConfig, checkpoint: str | Path, **evaluation: Any
+) -> dict[str, Any]:
+    """The metrics of a run's checkpoint, without training.
+
+    Args:
+        config: The run's, as its file has it, with the overrides that it was given.
+        checkpoint: A checkpoint of the run directory.
+        **evaluation: What to evaluate on, as in `GTPOConfig.evaluation`: split, samples_per_task,
+            temperature, evaluation_duration, ...
+    """
+    path = Path(checkpoint).resolve()
+    if not path.is_dir():
+        raise ConfigError(f"{checkpoint}: no such checkpoint.")
+    settings: Any = config.copy(copy_frozen=False)
+    algorithm = settings.evaluation(**{"evaluation_interval": 1, **evaluation}).build_algo()
+    try:
+        algorithm.restore_from_path(str(path))
+        return nested(algorithm.evaluate())
+    finally:
+        algorithm.stop()
+
+
+def _sample(algorithm: Any, runners: Any, split: str, tasks: int, bar: Progress) -> Sampled:
+    members = algorithm.evaluation_config.evaluation_samples_per_task
+    sampled = sample_groups(
+        runners,
+        [GroupJob(position, members, 0, split) for position in range(tasks)],
+        restore=lambda: algorithm.restore_env_runners(runners),
+        on_trajectory=bar.step,
+    )
     if not sampled.episodes:
-        raise DataError(
-            f"evaluation has no usable task: {next(iter(sampled.skipped.values()), '')}"
-        )
-    groups = groups_of(sampled.episodes)
-    refuse_broken_environment(groups, sampled.discarded)
-    metrics = rollout_metrics(groups, sampled.discarded)
+        reason = next(iter(sampled.skipped.values()), "")
+        raise DataError(f"evaluation has no usable task in {split!r}: {reason}")
+    return sampled
+
+
+def _log(algorithm: Any, metrics: dict[str, float], sampled: Iterable[Sampled]) -> None:
     logger = MetricsLogger(root=False)
     for name, value in metrics.items():
         logger.log_value(tuple(name.split("/")), value, window=1)
     algorithm.metrics.aggregate([logger.reduce()], key=EVALUATION_RESULTS)
     algorithm.metrics.aggregate(
-        sampled.runner_metrics, key=(EVALUATION_RESULTS, ENV_RUNNER_RESULTS)
+        [result for part in sampled for result in part.runner_metrics],
+        key=(EVALUATION_RESULTS, ENV_RUNNER_RESULTS),
     )
-    steps = sum(len(episode) for episode in sampled.episodes)
-    return dict(metrics), steps, steps

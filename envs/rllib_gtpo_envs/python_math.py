@@ -38,9 +38,16 @@ from rllib_gtpo_envs.common import (
     ScriptedEnv,
     check_flag,
     check_names,
+    check_range,
     checked_knobs,
 )
-from rllib_gtpo_envs.word_problems import DEMONSTRATIONS, WordProblems, demonstrate, word_problems
+from rllib_gtpo_envs.word_problems import (
+    DAYS,
+    DEMONSTRATIONS,
+    WordProblems,
+    demonstrate,
+    word_problems,
+)
 
 PRELOAD = ("numpy", "sympy")
 """What the code may count on where `tasks` are given, as far as it is installed."""
@@ -71,7 +78,7 @@ class Knobs(WordProblems):
     The others are for problems made from a seed, and have no effect with `tasks`:
 
     seed: Problems are a function of it and of the split's name.
-    operations: Fewest and most things that happen in a problem, within 1 to 8.
+    operations: Fewest and most days of a problem, within 1 to 7.
     numbers: Smallest and largest number of a problem, within 0 to 99999.
     factors: The same for a number that multiplies.
     operators: Those to choose from; any of "+-*".
@@ -108,6 +115,7 @@ class Knobs(WordProblems):
         elif given.get("columns") is not None:
             raise ConfigError("env_config: columns has no effect without `tasks`.")
         knobs = checked_knobs(Knobs, given, DEMONSTRATIONS)
+        check_range("operations", knobs.operations, 1, len(DAYS))
         check_chain_knobs(knobs)
         check_flag("session", knobs.session)
         knobs._check_texts()
@@ -222,6 +230,10 @@ class PythonMath(PythonToolEnv, ScriptedEnv):
         """The content of \\boxed{}, or what else the last message marks as its answer."""
         text = super().answer(trajectory)
         return None if text is None else extract_answer(text)
+
+    def same_answer(self, one: str, other: str, task: Task) -> bool:
+        """Whether they have the same value."""
+        return shared_checker().check(one, other).correct
 
     async def reward(self, trajectory: Trajectory, task: Task) -> dict[str, float]:
         """1 for an answer of the right value; grading holds up no other rollout."""
