@@ -1,19 +1,22 @@
 """Word problems made from a seed, and demonstrations of solving them with a Python tool.
 
-    user       Ann has 23 pens, gets 17 more, loses 8. How many pens has Ann now?
+    user       Ann has 23 pens. Monday: gets 17 more. Tuesday: loses 8. How many pens has Ann now?
     assistant  ```python          tool  40
-               x=23+17
-               print(x)
+               a=23+17
+               print(a)
                ```
     assistant  ```python          tool  32
-               x=x-8
-               print(x)
+               b=a-8
+               print(b)
                ```
     assistant  \\boxed{32}
 
+One call for each day, and a name for each result, which the next day's call uses: that is what the
+session is for.  (Without one, the call writes the number.)
+
 A demonstration behaves in one of six ways:
 
-    solve         one call for each thing that happens, then the answer
+    solve         one call for each day, then the answer
     retry         the same, but one call first uses a name that does not exist, and is written again
     malformed     the same, but one call is first left unclosed, and is written again
     guess         a wrong number at once, without a call
@@ -44,22 +47,27 @@ DEMONSTRATIONS = {
 """Default weights of the behaviours in demonstrations: two in five solve the task."""
 NAMES = ("Ann", "Bob", "Eve", "Kim", "Tom", "Zoe")
 THINGS = ("pens", "cups", "nuts", "eggs", "maps", "keys")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 EVENTS = {
-    "+": (", gets {} more", ", finds {} more"),
-    "-": (", loses {}", ", gives away {}"),
-    "*": (", then has {} times as many", ", makes it {} times as many"),
+    "+": (" gets {} more", " finds {} more"),
+    "-": (" loses {}", " gives away {}"),
+    "*": (" then has {} times as many", " makes it {} times as many"),
 }
-NO_NAME = "NameError: name 'y' is not defined"
+RESULTS = "abcdefg"  # the name of each day's result
+NO_NAME = "NameError: name 'z' is not defined"
 MARKUP = (
     *(f"{name} has " for name in NAMES),
     *(f" {thing}" for thing in THINGS),
     *(part for events in EVENTS.values() for event in events for part in event.split("{}") if part),
+    *(f". {day}:" for day in DAYS),
     ". How many",
     *(f" has {name} now?" for name in NAMES),
-    "x=",
-    "x=x",
-    "x=y",
-    "\nprint(x)",
+    *(
+        f"{result}={first}"
+        for result, before in zip(RESULTS, "a" + RESULTS, strict=False)
+        for first in ("", before, "z")
+    ),
+    *(f"\nprint({result})" for result in RESULTS),
     "\\boxed{",
     NO_NAME,
     UNCLOSED,
@@ -92,13 +100,13 @@ def word_problems(problems: WordProblems, split: str) -> tuple[Task, ...]:
 
 def _problem(problems: WordProblems, rng: random.Random) -> Task | None:
     chain, answer = random_chain(problems, rng)
-    numbers = re.findall(r"\d+", chain)
-    if answer is None or len(set(numbers)) < len(numbers):  # each number names its event
+    if answer is None:
         return None
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    text = f"{name} has {numbers[0]} {thing}"
-    for operator, number in zip(re.findall(r"[+\-*]", chain), numbers[1:], strict=True):
-        text += rng.choice(EVENTS[operator]).format(number)
+    start, *steps = re.findall(r"[+\-*]?\d+", chain)
+    text = f"{name} has {start} {thing}"
+    for day, step in zip(DAYS, steps, strict=False):
+        text += f". {day}:" + rng.choice(EVENTS[step[0]]).format(step[1:])
     question = f"{text}. How many {thing} has {name} now?"
     return {"question": question, "answer": str(answer), "chain": chain}
 
@@ -129,24 +137,19 @@ def demonstrate(
         step = first_step(left)
         assert step is not None, left
         first, operator, second, rest = step
-        known = "x" if session and number else first
+        what = f"{operator}{second}\nprint({RESULTS[number]})"
         if number == slip_at and behaviour in ("retry", "ignore_error"):
-            messages += [assistant(call(_code("y", operator, second, session))), answered(NO_NAME)]
+            messages += [assistant(call(f"{RESULTS[number]}=z{what}")), answered(NO_NAME)]
             if behaviour == "ignore_error":
                 return [*messages, _boxed(wrong_number(answer, rng))]
-        code = _code(known, operator, second, session)
+        known = RESULTS[number - 1] if session and number else first
+        code = f"{RESULTS[number]}={known}{what}"
         if number == slip_at and behaviour == "malformed":
             messages += unclosed(code)
         value = str(result_of(int(first), operator, int(second)))
         left = value + rest
         messages += [assistant(call(code)), answered(value)]
     return [*messages, _boxed(value)]
-
-
-def _code(first: str, operator: str, second: str, session: bool) -> str:
-    if session:
-        return f"x={first}{operator}{second}\nprint(x)"
-    return f"print({first}{operator}{second})"
 
 
 def _boxed(answer: str) -> Message:

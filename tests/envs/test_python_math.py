@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 import time
 
 import pytest
@@ -13,12 +14,12 @@ from rllib_gtpo.models import build_tokenizer
 from rllib_gtpo.types import StopReason, ToolError
 from rllib_gtpo_envs import PythonMath
 from rllib_gtpo_envs.chains import first_step
-from rllib_gtpo_envs.word_problems import DEMONSTRATIONS, EVENTS, MARKUP
+from rllib_gtpo_envs.word_problems import DAYS, DEMONSTRATIONS, EVENTS, MARKUP
 
 SMALL = {"train": 300, "validation": 60, "test": 60}
 TASK = {
     "id": "t",
-    "question": "Ann has 23 pens, gets 17 more, loses 8. How many pens has Ann now?",
+    "question": "Ann has 23 pens. Monday: gets 17. Tuesday: loses 8. How many pens has Ann now?",
     "answer": "32",
     "chain": "23+17-8",
 }
@@ -195,7 +196,7 @@ class TestPrompt:
     ("env_config", "message"),
     [
         ({"task": "x.jsonl"}, "did you mean 'tasks'"),
-        ({"operations": [0, 2]}, "1 to 8"),
+        ({"operations": [2, 8]}, "1 to 7"),
         ({"operators": "/"}, "one or more of"),
         ({"train": 0}, "at least 1"),
         ({"session": 1}, "true or false"),
@@ -230,15 +231,15 @@ class TestProblems:
     def test_the_text_tells_the_chain(self):
         """Read back by other means, the text gives the answer."""
         signs = {event.split(" {}")[0]: sign for sign, events in EVENTS.items() for event in events}
-        for row in PythonMath(SMALL).tasks("train"):
-            name, _, start, thing, *_ = row["question"].replace(",", "").split(" ")
-            value = int(start)
-            for part in row["question"].partition(".")[0].split(", ")[1:]:
-                number = next(word for word in part.split() if word.isdigit())
-                sign = signs[", " + part.partition(f" {number}")[0]]
+        for row in PythonMath({**SMALL, "operations": [1, 7]}).tasks("train"):
+            first, *days, question = row["question"].split(". ")
+            name, _, value, thing = first.split(" ")
+            for day, text in zip(DAYS, days, strict=False):
+                number = re.search(r"\d+", text)[0]
+                sign = signs[text.removeprefix(f"{day}:").partition(f" {number}")[0]]
                 value = eval(f"{value}{sign}{number}")
             assert row["answer"] == str(value)
-            assert row["question"].endswith(f"How many {thing} has {name} now?")
+            assert question == f"How many {thing} has {name} now?"
 
     def test_tasks_are_a_function_of_seed_and_split(self):
         one, same, other = (list(PythonMath({**SMALL, "seed": s}).tasks("test")) for s in (1, 1, 2))
