@@ -18,7 +18,8 @@ An environment makes it a tool with a method, and closes it with the trajectory:
 
         tools = [python]
 
-Hundreds of trajectories share one sandbox per process.  What they use is bounded:
+Hundreds of trajectories share one sandbox per process.  The first call starts it, which takes
+seconds with a preload (`shared_sandbox` starts it ahead).  What they use is bounded:
 
 - At most `cell_slots` cells run at one time, so that all of them at their memory limit take half of
   what the node had when the sandbox started; other calls wait.  That wait, and up to
@@ -54,23 +55,31 @@ Service = str | Mapping[str, Any]
 """A service's address, or {"url": ...} with keywords of `RemoteSandbox`."""
 
 _SERVICE_KEYS = ("url", "concurrency", "attempts", "backoff", "grace_seconds", "headers")
+_CONTROL_GROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (
+        Path("/sys/fs/cgroup/memory"),
+        *("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ),
+)
 _EVICTED_AT_ONCE = 2  # more than one comes per start, so that memory recovers
 
 
 def available_mb() -> int:
-    """Memory that processes can still take, by the node and by this process's control group."""
+    """Memory that processes can still take, by the node and by this container's control group."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) >> 10
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        cached = dict(s.split() for s in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return available
-    if limit == "max":
-        return available
-    return min(available, (int(limit) - used + int(cached.get("inactive_file", 0))) >> 20)
+    for directory, limit, used, cache in _CONTROL_GROUPS:
+        try:
+            most = (directory / limit).read_text().strip()
+            taken = int((directory / used).read_text())
+            stat = dict(s.split() for s in (directory / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if most != "max":
+            room = int(most) - taken + int(stat.get(cache, 0))  # the cache gives way
+            available = min(available, max(room, 0) >> 20)
+    return available
 
 
 def cell_slots(limits: Limits) -> int:

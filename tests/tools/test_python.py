@@ -110,7 +110,7 @@ def test_bad_settings_are_refused_before_any_trajectory(settings, problem):
         PythonSession(**settings)
 
 
-def call(session, code, timeout=5.0):
+def call(session, code, timeout=60.0):
     async def python(code: str) -> ToolResult:
         """Run Python.  code: the code."""
         return to_tool_result(await session.arun(code))
@@ -255,3 +255,18 @@ def test_slots_times_memory_fit_the_node():
         assert slots == 1 or slots * memory <= available_mb() * 0.55
     assert cell_slots(Limits(memory_mb=10**9)) == 1
     assert 0 < available_mb() < 10**8
+
+
+@pytest.mark.parametrize(("version", "room"), [("2", 50), ("1", 50), ("unlimited", None)])
+def test_a_container_s_limit_counts(version, room, tmp_path, monkeypatch):
+    groups = [(tmp_path, *names) for _, *names in python_tool._CONTROL_GROUPS]
+    _, limit, used, cache = groups[version == "1"]
+    node = available_mb()
+    (tmp_path / limit).write_text("max\n" if room is None else f"{100 << 20}\n")
+    (tmp_path / used).write_text(f"{70 << 20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\n{cache} {20 << 20}\n")
+    monkeypatch.setattr(python_tool, "_CONTROL_GROUPS", groups)
+    if room is None:
+        assert available_mb() > node / 2
+    else:
+        assert available_mb() == room and cell_slots(Limits(memory_mb=16)) == 1
