@@ -166,8 +166,12 @@ class ChatCodec:
     def prompt_ids(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
     ) -> list[int]:
-        """The ids of a whole conversation, ready for the policy's next turn."""
-        return self._encode(self._render(messages, tools, generate=True))
+        """The ids of a whole conversation, ready for the policy's next turn.
+
+        Templates explain tools in the hermes format: in another one the task's own messages must.
+        """
+        shown = tools if self.call_format.name == "hermes" else ()
+        return self._encode(self._render(messages, shown, generate=True))
 
     def delta_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids between the end of a turn and the next one, with `messages` in between."""

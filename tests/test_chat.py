@@ -29,6 +29,15 @@ def codec() -> ChatCodec:
 
 
 class TestCodec:
+    @pytest.mark.parametrize(("name", "shown"), [("hermes", True), ("fenced", False)])
+    def test_templates_explain_tools_in_the_hermes_format_only(self, name, shown):
+        tokenizer = build_tokenizer()
+        hint = "{% if tools %}Write <tool_call>.{% endif %}"
+        tokenizer.chat_template = hint + tokenizer.chat_template
+        codec = ChatCodec(tokenizer, name)
+        text = codec.decode(codec.prompt_ids([{"role": "user", "content": "1+1"}], [PYTHON]))
+        assert ("<tool_call>" in text) == shown
+
     def test_stop_token_is_the_one_that_closes_an_assistant_turn(self, codec):
         assert codec.tokenizer.decode([codec.end_of_turn_id]) == "<|im_end|>"
         assert codec.end_of_turn_id in codec.stop_token_ids
