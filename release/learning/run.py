@@ -91,6 +91,7 @@ def report_studies(
         values, rows = tables.read(study, records)
         compared = tables.compare(study, values)
         shown[name] = tables.table(study, compared)
+        shown[f"{name} by turn"] = tables.by_turn_table(study, values)
         print(f"\n## {name}: {study.question}\n\n{shown[name]}\n")
         if results is not None and rows:
             tables.plot(values, results.with_name(f"{results.stem}_{name}.png"))
@@ -99,7 +100,9 @@ def report_studies(
         report.rows += [{"study": name, **row} for row in compared]
         report.seeds = sorted({*report.seeds, *study.seeds})
     if docs is not None:
-        docs.write_text(renewed(docs.read_text(), shown))
+        page = docs.read_text()
+        wanted = {name: table for name, table in shown.items() if f"table: {name} -->" in page}
+        docs.write_text(renewed(page, wanted))
     return report.finish(results)
 
 

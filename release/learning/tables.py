@@ -15,9 +15,10 @@ from release.learning.training import record_of
 from release.results import markdown
 
 METRICS = ("final", "area")
+TURNS = 7  # in the table of advantages by turn; few rollouts have more
 _LABEL = {"final": "final accuracy", "area": "area under the curve"}
 
-Values = dict[str, dict[str, dict[int, dict[str, float]]]]  # task -> arm -> seed -> metric
+Values = dict[str, dict[str, dict[int, dict[str, Any]]]]  # task -> arm -> seed -> metric
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,6 +45,10 @@ def summary(record: Mapping[str, Any]) -> dict[str, Any]:
         "no_signal": late("group/zero_std_frac"),
         "shaping": late("reward/shaping"),
         "gradient": late("grad/norm"),
+        "advantage_by_turn": [
+            float(np.mean(record["iterations"].get(f"advantage/by_turn/{k}", [0.0])))
+            for k in range(TURNS)
+        ],
         "seconds": round(record["seconds"], 1),
     }
 
@@ -118,15 +123,27 @@ def table(study: Study, rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of a study, as the docs show it."""
     head = ["task", "arm", "seeds", "start", *(_LABEL[m] for m in METRICS)]
     for baseline in study.baselines:
-        head += [f"final - {baseline}", f"area - {baseline}", f"area gain over {baseline}"]
+        head += [f"final - {baseline}", *(f"{m} gain over {baseline}" for m in METRICS)]
     body = []
     for row in rows:
         cells = [row["task"], row["arm"], str(row["seeds"]), _number(row.get("start"))]
         cells += [_with(row[m], row.get(f"{m}_interval")) for m in METRICS]
         for baseline in study.baselines:
-            cells += [_interval(row.get(f"{m}_vs_{baseline}")) for m in METRICS]
-            cells.append(_percent(row.get(f"area_vs_{baseline}_relative")))
+            cells.append(_interval(row.get(f"final_vs_{baseline}")))
+            cells += [_percent(row.get(f"{m}_vs_{baseline}_relative")) for m in METRICS]
         body.append(cells)
+    return markdown(head, body)
+
+
+def by_turn_table(study: Study, values: Values) -> str:
+    """Mean advantage of the first turns, over iterations and seeds."""
+    head = ["task", "arm", *(f"turn {k + 1}" for k in range(TURNS))]
+    body = []
+    for task in study.tasks:
+        for arm in study.arms:
+            rows = [row["advantage_by_turn"] for row in values[task][arm].values()]
+            if rows:
+                body.append([task, arm, *(f"{mean:+.2f}" for mean in np.mean(rows, axis=0))])
     return markdown(head, body)
 
 
