@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import LONGEST, TARGETS, check_answers, check_calls
 
 CORPUS = sorted(Path(__file__).parent.joinpath("corpus").glob("*.json"))
 EXAMPLES = {"calls": 60, "answers": 40, "graded": 4, "sandbox": 8}
@@ -37,3 +37,41 @@ def test_a_short_turn(name):
 def test_what_was_found(path):
     found = json.loads(path.read_text())
     TARGETS[found["target"]].check(found["case"])
+
+
+REPEATED = [
+    *("<tool_call>", "<tool_call>{}</tool_call>", "</tool_call>", "<think>", "<think></think>"),
+    *(
+        "<",
+        "```",
+        "```python\n",
+        "```python\nx\n```\n",
+        "`",
+        "`\n",
+        "```a",
+        "```\n",
+        "```js\n```\n",
+    ),
+    *(
+        "\n",
+        " ",
+        "[",
+        '{"a":',
+        "9",
+        "<tool_call><think>",
+        "```python\n\n\n",
+        "\n```",
+        "\\ud800",
+        '"',
+    ),
+    *("\\boxed{", "{", "}", "\\boxed ", "Answer:", "####", "The answer is ", "$", ",1", ".1", "1/"),
+    *("a ", "a.", "\\frac{1}{", "\\d", "-", "\\(x\\)", "**", "{}", "\\boxed{1}", "\\\\"),
+]
+
+
+@pytest.mark.parametrize("piece", REPEATED)
+@pytest.mark.parametrize("before", ["", "<tool_call>", "Answer: \\boxed{"])
+def test_long_texts_take_no_longer_than_they_must(before, piece):
+    text = (before + piece * LONGEST)[:LONGEST]
+    check_calls(text)
+    check_answers([text, text[:4000], "1"])
