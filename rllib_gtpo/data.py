@@ -116,10 +116,11 @@ def _named(source: str, split: str) -> Rows:
         return name, _file_rows(path, name)
     split = own_split or split
     if path.is_dir():
-        for suffix in _FILES:
-            file = path / f"{split}{suffix}"
-            if file.is_file():
-                return str(file), _file_rows(file, str(file))
+        files = {file.stem: file for file in path.iterdir() if file.suffix in _FILES}
+        if split in files:
+            return str(files[split]), _file_rows(files[split], str(files[split]))
+        if split.isidentifier() and not files.keys().isdisjoint(SPLITS):
+            raise NoSuchSplit(_no_split(name, split, sorted(files)))
     elif path.suffix in _FILES or name.startswith((".", "/", "~")):
         raise DataError(f"{name}: no such file.")
     return f"{name} [{split}]", _dataset_rows(name, split)
@@ -147,8 +148,6 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Any]:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
     except (OSError, ValueError) as error:
-        if isinstance(error, DataError):  # what became of a row, not of the file
-            raise
         raise DataError(f"{name}: not a readable Parquet file: {error}") from error
 
 

@@ -15,6 +15,12 @@ def write(path, rows):
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path_factory):
+    """What `datasets` keeps of loaded files goes where the test's own files go."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
 class TestSources:
     def test_a_list(self):
         assert load_tasks(ROWS, "train") == ROWS
@@ -36,6 +42,8 @@ class TestSources:
         write(tmp_path / "train.jsonl", ROWS[:1])
         write(tmp_path / "test.jsonl", ROWS[1:])
         assert load_tasks(str(tmp_path), "test") == ROWS[1:]
+        with pytest.raises(NoSuchSplit, match=r"no split 'validation'; it has \['test', 'train'\]"):
+            load_tasks(str(tmp_path), "validation")
 
     def test_a_dict_of_splits(self, tmp_path):
         source = {"train": write(tmp_path / "a.jsonl", ROWS), "test": ROWS[:1]}
