@@ -102,7 +102,7 @@ class Arena:
             ("udp", socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 0)),
             ("unix", socket.AF_UNIX, socket.SOCK_STREAM, f"{self.directory}/stream"),
             ("datagrams", socket.AF_UNIX, socket.SOCK_DGRAM, f"{self.directory}/datagrams"),
-            ("abstract", socket.AF_UNIX, socket.SOCK_STREAM, f"\0{MARK}-{os.getpid()}"),
+            ("abstract", socket.AF_UNIX, socket.SOCK_STREAM, f"\0{MARK}-{secrets.token_hex(8)}"),
         )
         facts: dict[str, Any] = {}
         for name, family, kind, address in kinds:

@@ -28,8 +28,8 @@ ATTEMPTS: tuple[tuple[str, str, str], ...] = (
     ("file writes", "writing a file", "open(A['file'], 'a').close()"),
     ("file writes", "making a file", "open(A['directory'] + '/new', 'w').close()"),
     ("file writes", "making a directory", "os.mkdir(A['directory'] + '/newdir')"),
-    ("file metadata", "chmod", "os.chmod(A['file'], 0o666)"),
-    ("file metadata", "utime", "os.utime(A['file'])"),
+    ("file metadata", "chmod", "changed(lambda: os.chmod(A['file'], 0o606))"),
+    ("file metadata", "utime", "changed(lambda: os.utime(A['file'], (1, 1)))"),
     ("file metadata", "truncate", "os.truncate(A['file'], 0)"),
     ("network", "a TCP socket", "socket.socket(socket.AF_INET, socket.SOCK_STREAM)"),
     ("network", "a UDP socket", "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)"),
@@ -52,6 +52,10 @@ def refused(attempt):
     try: attempt()
     except OSError as error:
         if error.errno in (1, 13): raise
+def changed(attempt):  # chmod and utime succeed without an effect
+    before = os.stat(A["file"])
+    attempt()
+    if os.stat(A["file"]) == before: raise PermissionError
 def call(*arguments):
     if libc.syscall(*arguments) < 0 and ctypes.get_errno() == 1: raise PermissionError
 def attempt(code):

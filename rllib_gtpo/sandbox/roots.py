@@ -8,6 +8,7 @@ import os
 import sys
 
 DEVICES = ("/dev/null", "/dev/urandom")
+DATA = ("/usr/share/zoneinfo",)  # of the standard library, kept elsewhere
 _COMPILED = (  # what extension modules of packages link to
     *("libstdc++.so.6", "libgcc_s.so.1", "libgomp.so.1", "libgfortran.so.5", "libz.so.1"),
     *("libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libutil.so.1"),
@@ -16,7 +17,7 @@ _COMPILED = (  # what extension modules of packages link to
 
 def directories(packages: list[str]) -> list[str]:
     """The standard library and the given directories of packages; call before `sys.path` grows."""
-    paths = [os.path.abspath(path) for path in [*sys.path, *packages] if path]
+    paths = [os.path.abspath(path) for path in [*sys.path, *packages, *DATA] if path]
     return list(dict.fromkeys(path for path in paths if os.path.exists(path)))
 
 

@@ -1,9 +1,9 @@
 """The system-call filter: an allowlist for x86-64 as a classic BPF program.
 
-Whatever is not named here fails with EPERM; a foreign ABI (int 0x80, x32) kills the process.  A
-filter cannot follow pointers, so what a path or an address may be is Landlock's part; without
-Landlock the *sealed* filter refuses every call that opens or changes anything by its name.
-Runs in the zygote and its children; standard library only.
+Whatever is not named here fails with EPERM, or has no effect; a foreign ABI (int 0x80, x32) kills
+the process.  A filter cannot follow pointers, so what a path or an address may be is Landlock's
+part; without Landlock the *sealed* filter refuses every call that opens or changes anything by its
+name.  Runs in the zygote and its children; standard library only.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ IOCTLS = (
 )  # isatty, size, FIONREAD, FIONBIO, CLOEXEC
 PRCTLS = (15, 16, 0x53564D41)  # names of threads and of mappings
 XATTRS = range(188, 200)  # EOPNOTSUPP, which is how the standard library expects a refusal
+# chmod, utime and their kin: success without effect, because `shutil.copy` calls them on its own
+# files, and Landlock does not mediate them, so that they cannot be allowed for own files alone.
+PRETENDED = (90, 91, 132, 235, 261, 268, 280, 452)
 O_ACCMODE, O_TRUNC = 3, 0o1000
 _THREAD = 0x00010900  # CLONE_VM | CLONE_SIGHAND | CLONE_THREAD: must all be set
 # Must not be set: an exit signal, CLONE_VFORK, PTRACE, PARENT, UNTRACED, IO and every CLONE_NEW*.
@@ -161,6 +164,7 @@ def rules(sealed: bool) -> dict[int, list[Instruction]]:
         435: [_result(ERRNO | ENOSYS)],  # clone3: its flags lie in memory; libc falls back to clone
     }
     found |= {number: [_result(ERRNO | EOPNOTSUPP)] for number in XATTRS}
+    found |= {number: [_result(ERRNO)] for number in PRETENDED}
     if not sealed:
         found |= {number: [_result(ALLOW)] for number in NAMED.values()}
         found |= {OPEN: _open(1), OPENAT: _open(2)}

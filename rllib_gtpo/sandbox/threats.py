@@ -221,8 +221,13 @@ refused(file=lambda: create(A["directory"] + "/" + MARK),
         "chmod, chown, utime, xattr",
         "seccomp",
         """
-refused(chmod=lambda: os.chmod(A["file"], 0o666), chown=lambda: os.chown(A["file"], -1, -1),
-        utime=lambda: os.utime(A["file"], (1e9, 1e9)),
+def changed(attempt):  # some succeed without an effect
+    before = os.stat(A["file"])
+    attempt()
+    if os.stat(A["file"]) == before: raise OSError
+refused(chmod=lambda: changed(lambda: os.chmod(A["file"], 0o606)),
+        chown=lambda: os.chown(A["file"], -1, -1),
+        utime=lambda: changed(lambda: os.utime(A["file"], (1e9, 1e9))),
         xattr=lambda: os.setxattr(A["file"], "user.x", b""), list=lambda: os.listxattr(A["file"]))
 """,
     ),
@@ -533,6 +538,7 @@ for fd in range(3, 4096):
         "host",
         "sys.setrecursionlimit(10**9)\na = []\nfor _ in range(10**5): a = [a]\nrepr(a)",
         "killed",
+        "timeout",
     ),
     _bomb("NULL read", "host", "ctypes.string_at(0)", "killed"),
     _bomb(

@@ -71,6 +71,7 @@ def sweep(top: str) -> None:
                 if stat.S_ISDIR(os.lstat(name, dir_fd=fd).st_mode):
                     count += 1
                     place = f"{os.getpid()}-{count}"
+                    os.close(_make_writable(name, fd))  # to move it takes that, if not root
                     os.rename(name, place, src_dir_fd=fd, dst_dir_fd=shelf_fd)
                     queue.append(os.path.join(shelf, place))
                 else:
@@ -86,15 +87,22 @@ def sweep(top: str) -> None:
         os.unlink(top)
 
 
+def _make_writable(directory: str, parent: int | None) -> int:
+    """Make sure that the owner can use it; returns a path descriptor of it, never of a link."""
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    with contextlib.suppress(OSError):
+        os.chmod(f"/proc/self/fd/{fd}", 0o700)
+    return fd
+
+
 def _entries(directory: str) -> Iterator[tuple[str, int]]:
     """The names in `directory` with a descriptor of it; none if it is a symbolic link."""
     try:
-        path_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+        path_fd = _make_writable(directory, None)
     except OSError:
         return
     fd = -1
     try:
-        os.chmod(f"/proc/self/fd/{path_fd}", 0o700)
         fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=path_fd)
         for name in os.listdir(fd):
             yield name, fd
