@@ -1,6 +1,7 @@
 """Programs as models write them give in the sandbox what plain CPython gives."""
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,12 @@ from tests.sandbox.snippets import DIFFERENT, SNIPPETS
 
 LIMITS = Limits(cpu_seconds=60, memory_mb=2048, output_chars=1 << 20)
 pytestmark = pytest.mark.timeout(600)
+HEAVY = re.compile(r"^(?:import|from) (?:matplotlib|pandas|scipy|sympy)", re.MULTILINE)
+COMPARED = [
+    pytest.param(name, marks=pytest.mark.slow if HEAVY.search(code) else ())
+    for name, code in SNIPPETS.items()
+    if name not in DIFFERENT
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +29,11 @@ def sandbox():
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """{name: (exit code, output)} of `python FILE`, in the sandbox's environment, as `<cell>`."""
+def plain(request, tmp_path_factory):
+    """{name: (exit code, output)} of `python FILE`, in the sandbox's environment, as `<cell>`.
+
+    Of the programs that this session compares.
+    """
 
     def run(name):
         directory = tmp_path_factory.mktemp(name)
@@ -40,12 +50,13 @@ def plain(tmp_path_factory):
         )
         return done.returncode, done.stdout.decode().replace(str(path), "<cell>")
 
-    names = [name for name in SNIPPETS if name not in DIFFERENT]
+    tests = [t for t in request.session.items if t.name.startswith("test_as_plain_python")]
+    names = [test.callspec.params["name"] for test in tests]
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(run, names), strict=True))
 
 
-@pytest.mark.parametrize("name", [name for name in SNIPPETS if name not in DIFFERENT])
+@pytest.mark.parametrize("name", COMPARED)
 def test_as_plain_python(sandbox, plain, name):
     code, expected = plain[name]
     result = sandbox.run(SNIPPETS[name])
