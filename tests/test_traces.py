@@ -136,6 +136,33 @@ def shown(row, name="hermes", env=None):
     return to_demonstration(row, call_format(name), env or Power())
 
 
+# An assistant's message as the template of Qwen2.5 has it.
+QWEN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role }}"
+    "{% if m.content %}{{ '\n' + m.content }}{% endif %}"
+    "{% for call in m.tool_calls or [] %}{{ '\n<tool_call>\n' }}"
+    """{{ '{"name": "' + call.function.name + '", "arguments": ' }}"""
+    "{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_hermes_calls_are_what_a_models_own_template_makes_of_them():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = QWEN
+    one = ChatCodec(tokenizer, "hermes")
+    for said in ("Two at once: π.", ""):
+        calls = [call("print('ä')"), call("x = 1\nprint(x)")]
+        row = {"messages": [user("?"), assistant(said, *calls)]}
+        prompt, demonstration, _ = to_demonstration(row, call_format("hermes"))
+        ids, _ = one.conversation_ids(prompt, demonstration)
+        for made in calls:
+            made["function"]["arguments"] = json.loads(made["function"]["arguments"])
+        whole = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        assert one.tokenizer.decode(ids) + "\n" == whole
+
+
 def test_answers_come_in_the_order_of_the_calls():
     calls = (call("print(1)", "a"), call("print(2)", "b"))
     row = {
