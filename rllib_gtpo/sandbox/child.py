@@ -98,9 +98,9 @@ def _limit_cpu(seconds: float) -> None:
 
 def _read(fd: int) -> str:
     """The source code in the memory file `fd`, which is closed."""
-    with open(fd, encoding="utf-8", errors="surrogatepass", newline="") as f:
+    with open(fd, "rb", 0) as f:
         f.seek(0)
-        return f.read()
+        return f.read().decode("utf-8", "surrogatepass")
 
 
 def _main_module() -> dict[str, Any]:
