@@ -16,6 +16,7 @@ task's value is 0 or 1, otherwise percentiles of the bootstrap over tasks.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -77,22 +78,24 @@ def compute_wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 def compute_at_k(groups: Sequence[Group], same: SameAnswer) -> dict[str, float]:
-    """The metrics of groups with n rollouts each: avg@n, maj@n, and pass@k for k = 1, 2, 4, ... n.
+    """The metrics of groups with n rollouts each: avg@n, maj@n, and pass@k for k = 2, 4, ... n.
 
-    Each has a mean (`avg@8`) and the ends of its interval (`avg@8_low`, `avg@8_high`).
+    Each has a mean (`avg@8`) and the ends of its interval (`avg@8_low`, `avg@8_high`).  With one
+    rollout each there is avg@1 alone, which the others would repeat.
     """
     samples = min((len(group.trajectories) for group in groups), default=0)
     if not samples:
         return {}
-    values: dict[str, list[float]] = {f"avg@{samples}": [], f"maj@{samples}": []}
-    ks = sorted({1 << power for power in range(samples.bit_length())} | {samples})
+    several = {1 << power for power in range(1, samples.bit_length())} | {samples}
+    values: dict[str, list[float]] = defaultdict(list)
     for group in groups:
         members = group.trajectories[:samples]
-        correct = [t.correct for t in members]
-        values[f"avg@{samples}"].append(sum(correct) / samples)
-        values[f"maj@{samples}"].append(_majority(members, group.task, same))
-        for k in ks:
-            values.setdefault(f"pass@{k}", []).append(compute_pass_at_k(samples, sum(correct), k))
+        correct = sum(t.correct for t in members)
+        values[f"avg@{samples}"].append(correct / samples)
+        if samples > 1:
+            values[f"maj@{samples}"].append(_majority(members, group.task, same))
+            for k in sorted(several):
+                values[f"pass@{k}"].append(compute_pass_at_k(samples, correct, k))
     metrics: dict[str, float] = {"tasks": float(len(groups))}
     for name, each in values.items():
         metrics[name] = sum(each) / len(each)

@@ -213,6 +213,7 @@ def _model(config: GTPOConfig) -> None:
 
 
 def _evaluation(config: GTPOConfig) -> None:
+    evaluation_splits(config)
     if config.evaluation_parallel_to_training:
         raise ConfigError(
             "evaluation_parallel_to_training: evaluation runs between iterations; leave it out."
@@ -222,6 +223,23 @@ def _evaluation(config: GTPOConfig) -> None:
             f"evaluation_duration={config.evaluation_duration!r} "
             f"({config.evaluation_duration_unit}): give a number of episodes."
         )
+
+
+def evaluation_splits(config: GTPOConfig) -> list[str]:
+    """The splits of an evaluation, of which there may be several: each is a dataset of its own."""
+    given: Any = config.evaluation_split
+    splits = [given] if isinstance(given, str) else given
+    if (
+        not isinstance(splits, (list, tuple))
+        or not splits
+        or not all(isinstance(split, str) for split in splits)
+        or len(set(splits)) < len(splits)
+    ):
+        raise ConfigError(
+            f"evaluation split={given!r}: the name of a split of the environment, or a list of "
+            "different ones."
+        )
+    return list(splits)
 
 
 def _without_effect(config: GTPOConfig) -> None:

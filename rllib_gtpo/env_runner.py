@@ -34,6 +34,7 @@ from ray.rllib.utils.metrics import (
 )
 
 from rllib_gtpo.aio import run_coroutine
+from rllib_gtpo.checks import evaluation_splits
 from rllib_gtpo.engines.base import SamplingParams
 from rllib_gtpo.engines.hf import HFEngine
 from rllib_gtpo.env import ChatSpace, ToolEnv, task_id
@@ -77,23 +78,6 @@ class Rollouts:
     incomplete: dict[int, str] = field(default_factory=dict)
     discarded: list[Trajectory] = field(default_factory=list)
     failure: Exception | None = None  # what went wrong, if the runner itself could not go on
-
-
-def evaluation_splits(config: Any) -> list[str]:
-    """The splits of an evaluation, of which there may be several: each is a dataset of its own."""
-    given = config.evaluation_split
-    splits = [given] if isinstance(given, str) else given
-    if (
-        not isinstance(splits, (list, tuple))
-        or not splits
-        or not all(isinstance(split, str) for split in splits)
-        or len(set(splits)) < len(splits)
-    ):
-        raise ConfigError(
-            f"evaluation split={given!r}: the name of a split of the environment, or a list of "
-            "different ones."
-        )
-    return list(splits)
 
 
 class GTPOEnvRunner(EnvRunner, Checkpointable):

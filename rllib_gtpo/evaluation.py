@@ -17,7 +17,8 @@ from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from rllib_gtpo.at_k import compute_at_k
-from rllib_gtpo.env_runner import GroupJob, evaluation_splits
+from rllib_gtpo.checks import evaluation_splits
+from rllib_gtpo.env_runner import GroupJob
 from rllib_gtpo.episodes import groups_of
 from rllib_gtpo.errors import ConfigError, DataError
 from rllib_gtpo.metrics import nested, rollout_metrics
