@@ -50,6 +50,7 @@ def discounted_sum(rewards_N: Tensor, rows: TrajectoryRows, gamma: float) -> Ten
     step = 1
     while step < longest and gamma**step > 0.0:
         inside_N = rows.remaining_N[:-step] >= step
-        returns_N[:-step] += torch.where(inside_N, returns_N[step:], 0.0) * gamma**step
+        later_N = torch.where(inside_N, returns_N[step:], 0.0)
+        returns_N[:-step].add_(later_N, alpha=gamma**step)
         step *= 2
     return returns_N

@@ -71,12 +71,12 @@ class TrajectoryRows:
                 "rows; its turns must be adjacent and its id unique over all groups"
             )
         row_N = torch.arange(trajectory_N.numel(), device=trajectory_N.device)
-        position_N = row_N - start_S[index_N]
+        last_S = start_S + length_S - 1
         return cls(
             Segments(index_N, ids_S.numel()),
             start_S,
-            position_N,
-            length_S[index_N] - 1 - position_N,
+            position_N=row_N - start_S[index_N],
+            remaining_N=last_S[index_N] - row_N,
         )
 
 
