@@ -32,6 +32,7 @@ from rllib_gtpo.errors import DataError
 from rllib_gtpo.types import Message, ToolCall
 
 Tools = list[dict[str, Any]]
+_Calls = list[tuple[str | None, ToolCall]]  # with their ids, where they have any
 Demonstration = tuple[list[Message], list[Message], Tools]
 """Prompt, what came after it, and the tools that the prompt shows."""
 
@@ -56,7 +57,7 @@ class _Said:
     number: int
     role: str
     text: str
-    calls: list[tuple[Any, ToolCall]] = field(default_factory=list)
+    calls: _Calls = field(default_factory=list)
     answers: list[Message] = field(default_factory=list)
 
 
@@ -142,7 +143,10 @@ def _read(messages: Sequence[Any]) -> list[_Said]:
         one = _Said(number, message["role"], text)
         if message["role"] == "assistant":
             one.text = _thinking(message.get("reasoning_content")) + text
-            one.calls = [_call(call, number) for call in message.get("tool_calls") or ()]
+            calls = message.get("tool_calls") or []
+            if not isinstance(calls, list):
+                raise UnusableRow("tool_calls is not a list.", number)
+            one.calls = [_call(call, number) for call in calls]
             if message.get("function_call"):
                 raise UnusableRow("function_call is OpenAI's old form: use tool_calls.", number)
             if not one.calls and not one.text.strip():
@@ -158,7 +162,7 @@ def _thinking(reasoning: Any) -> str:
     return f"<think>\n{reasoning.strip()}{_THOUGHT}"
 
 
-def _call(call: Any, number: int) -> tuple[Any, ToolCall]:
+def _call(call: Any, number: int) -> tuple[str | None, ToolCall]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         form = '{"id": ..., "function": {"name": ..., "arguments": ...}}'
@@ -169,7 +173,11 @@ def _call(call: Any, number: int) -> tuple[Any, ToolCall]:
             arguments = json.loads(arguments)
     if not isinstance(arguments, dict):
         raise UnusableRow("the arguments of a call are not a JSON object.", number)
-    return call.get("id"), ToolCall(function["name"], arguments)
+    return _id(call.get("id")), ToolCall(function["name"], arguments)
+
+
+def _id(given: Any) -> str | None:
+    return None if given is None else str(given)
 
 
 def _tools(given: Any, default: Tools) -> Tools:
@@ -181,11 +189,21 @@ def _tools(given: Any, default: Tools) -> Tools:
             "tools must be a list of JSON schemas; where they are text, take what it encodes."
         )
     tools = [t if isinstance(t, dict) and "function" in t else {"function": t} for t in given]
-    for tool in tools:
-        function = tool["function"]
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UnusableRow('a tool is not of the form {"function": {"name": ..., ...}}.')
+    if not all(_is_schema(tool["function"]) for tool in tools):
+        form = '{"function": {"name": ..., "parameters": a JSON schema of an object}}'
+        raise UnusableRow(f"a tool is not of the form {form}.")
     return [{"type": "function", **tool} for tool in tools]
+
+
+def _is_schema(function: Any) -> bool:
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return False
+    parameters = function.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        return False
+    properties, required = parameters.get("properties") or {}, parameters.get("required") or []
+    texts = isinstance(required, list) and all(isinstance(name, str) for name in required)
+    return isinstance(properties, dict) and texts
 
 
 def _prompt(row: dict[str, Any], before: list[Message], env: ToolEnv | None) -> list[Message]:
@@ -200,7 +218,12 @@ def _prompt(row: dict[str, Any], before: list[Message], env: ToolEnv | None) -> 
             )
         if system is not None:
             raise UnusableRow("has 'system', but with 'task' the environment makes the prompt.")
-        return env.first_messages(row["task"])
+        try:
+            return env.first_messages(row["task"])
+        except Exception as error:  # a task of another environment raises what it likes
+            raise UnusableRow(
+                f"the environment makes no prompt of its 'task': {error!r}"
+            ) from error
     if before[0]["role"] == "system":
         if system is not None:
             raise UnusableRow("has 'system' and a system message: leave out one.")
@@ -210,9 +233,7 @@ def _prompt(row: dict[str, Any], before: list[Message], env: ToolEnv | None) -> 
     return before if system is None else [{"role": "system", "content": system}, *before]
 
 
-def _written(
-    one: _Said, call_format: CallFormat, tools: Tools
-) -> tuple[str, list[tuple[Any, ToolCall]]]:
+def _written(one: _Said, call_format: CallFormat, tools: Tools) -> tuple[str, _Calls]:
     """What the policy should have written, and its calls."""
     if not one.calls:
         return one.text, [(None, call) for call in call_format.parse(one.text, tools).calls]
@@ -256,9 +277,7 @@ def _check(call: ToolCall, tools: Tools, number: int) -> None:
         )
 
 
-def _answers(
-    one: _Said, calls: list[tuple[Any, ToolCall]], call_format: CallFormat
-) -> list[Message]:
+def _answers(one: _Said, calls: _Calls, call_format: CallFormat) -> list[Message]:
     """The tools' messages as rollouts write them: one for each call, in the order of the calls."""
     answers = one.answers
     if answers and not calls:
@@ -273,7 +292,7 @@ def _answers(
             one.number,
         )
     ids = [name for name, _ in calls]
-    by_id = {answer.get("tool_call_id"): answer for answer in answers}
+    by_id = {_id(answer.get("tool_call_id")): answer for answer in answers}
     if None not in by_id and None not in ids:
         if set(by_id) != set(ids) or len(by_id) != len(calls):
             raise UnusableRow(

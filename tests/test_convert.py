@@ -11,6 +11,7 @@ from rllib_gtpo.cli import main
 from rllib_gtpo.command.convert import convert
 from rllib_gtpo.errors import DataError
 from rllib_gtpo.traces import to_demonstration
+from tests.junk import with_junk
 
 BASH = {
     "type": "function",
@@ -485,6 +486,22 @@ class TestOpenHandsEvents:
             assert any(reason in line and f"(row {row})" in line for line in report.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("sharegpt", TestShareGPT.ROW),
+        ("openhands", TestOpenHandsMessages.ROW),
+        ("openhands", {"history": TestOpenHandsEvents.EVENTS, "report": {"resolved": True}}),
+    ],
+    ids=["sharegpt", "messages", "events"],
+)
+def test_whatever_stands_in_a_rows_place_is_written_or_counted(tmp_path, kind, row):
+    rows = [row, *with_junk(row)]
+    out, report = converted(tmp_path, kind, *map(json.dumps, rows))
+    assert report.startswith(f"converted {len(out)} of {len(rows)} rows")
+    assert 10 < len(out) < len(rows) / 2
+
+
 class TestFiles:
     def test_json_lists_and_parquet(self, tmp_path):
         import pyarrow as pa
@@ -497,10 +514,10 @@ class TestFiles:
         lines = (tmp_path / "p.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == listed and len(listed) == 2
 
-    def test_what_is_refused_leaves_no_file(self, tmp_path):
+    def test_what_is_refused_leaves_no_file(self, tmp_path, capsys):
         source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-        with pytest.raises(DataError, match="no such file"):
-            convert(source, target, "sharegpt")
+        assert main(["convert", str(source), str(target), "--from", "sharegpt"]) == 2
+        assert f"{source}: no such file" in capsys.readouterr().err
         source.write_text("{}\n")
         with pytest.raises(DataError, match=r"nothing to write .*\n.*\n?.*left out 1: has no list"):
             convert(source, target, "sharegpt")

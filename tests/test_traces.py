@@ -14,6 +14,7 @@ from rllib_gtpo.errors import DataError
 from rllib_gtpo.models import build_tokenizer
 from rllib_gtpo.packing import NOT_TRAINED
 from rllib_gtpo.traces import UnusableRow, to_demonstration
+from tests.junk import with_junk
 
 # As Qwen's: it shows the tools, and wraps what they answer.  It also shows the tool's name, which a
 # trace may leave out.
@@ -209,6 +210,7 @@ def test_a_row_may_have_tools_that_the_environment_lacks():
 
 
 BAD = [
+    ({"messages": [assistant("x")], "task": {"no": 1}}, "no prompt of its 'task': .*no 'prompt'"),
     ({"conversations": []}, "expected .*`rllib convert`"),
     ({"messages": [{"role": "gpt", "content": "x"}]}, "message 1: role 'gpt': use one of system"),
     ({"messages": [user("?"), {"role": "assistant"}]}, "message 2: has no content"),
@@ -267,6 +269,17 @@ BAD = [
 def test_a_bad_row_says_what_to_change(row, message):
     with pytest.raises(UnusableRow, match=message):
         shown(row)
+
+
+def test_whatever_stands_in_a_rows_place_is_used_or_refused():
+    tooled = {**ROW, "tools": Power().tool_schemas, "system": "s"}
+    refused = 0
+    for row in with_junk(tooled):
+        try:
+            shown(row)
+        except UnusableRow:
+            refused += 1
+    assert refused > 200
 
 
 @pytest.mark.parametrize(
