@@ -36,7 +36,7 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import NoReturn, Self
 from urllib.parse import urlsplit
 
 from rllib_gtpo.errors import ConfigError
@@ -155,7 +155,7 @@ class RemoteSandbox:
             job.drop()
             raise
 
-    def session(self) -> Any:
+    def session(self) -> NoReturn:
         """Refuse, see the module.
 
         Raises:
