@@ -464,7 +464,7 @@ class TestOpenHandsEvents:
             {"history": [USER, action(2, "browse", url="x")]},
             {"history": [USER, observation(2, "run", "x")]},
             {"history": self.EVENTS[:3]},
-            {"history": [{"kind": "MessageEvent"}]},
+            {"history": [{"kinds": "MessageEvent"}]},
             {"history": [USER, {**self.EVENTS[3], "tool_call_metadata": {"model_response": {}}}]},
             {"history": []},
         ]
@@ -477,7 +477,7 @@ class TestOpenHandsEvents:
                 "the action 'browse' has no tool_call_metadata",
                 "the observation 'run' answers no call",
                 "has no assistant message",
-                "unknown kind of item with the keys kind",
+                "unknown kind of item with the keys kinds",
                 "not as openhands writes it (KeyError('choices'))",
                 "has no list 'messages', 'history'",
             ],
@@ -486,14 +486,75 @@ class TestOpenHandsEvents:
             assert any(reason in line and f"(row {row})" in line for line in report.splitlines())
 
 
+def text(text):
+    return [{"type": "text", "text": text}]
+
+
+def sdk_action(id, command, thought=()):
+    made = {"id": id, "name": "terminal", "arguments": json.dumps({"command": command})}
+    event = {"kind": "ActionEvent", "source": "agent", "tool_name": "terminal", "tool_call": made}
+    return {**event, "tool_call_id": id, "thought": list(thought), "action": {"command": command}}
+
+
+class TestOpenHandsSDKEvents:
+    """As its SDK writes them since 1.0."""
+
+    FINISH = {"id": "c4", "name": "finish", "arguments": '{"message": "Mended."}'}
+    EVENTS = [
+        {"kind": "SystemPromptEvent", "source": "agent", "system_prompt": text("You help.")[0]},
+        {"kind": "MessageEvent", "source": "user", "llm_message": {"content": text("Mend it.")}},
+        {"kind": "ConversationStateUpdateEvent", "key": "full_state", "value": {}},
+        sdk_action("c1", "ls", text("I look.")),
+        sdk_action("c2", "rm x"),
+        {"kind": "AgentErrorEvent", "tool_name": "terminal", "tool_call_id": "c2", "error": "No."},
+        {
+            "kind": "ObservationEvent",
+            "tool_name": "terminal",
+            "tool_call_id": "c1",
+            "observation": {"content": text("a.py"), "is_error": False},
+        },
+        {
+            "kind": "ActionEvent",
+            "tool_call": FINISH,
+            "tool_call_id": "c4",
+            "thought": text("Done."),
+        },
+    ]
+
+    def test_calls_of_one_response_are_one_turn(self, tmp_path):
+        ((row,), _) = converted(tmp_path, "openhands", {"history": self.EVENTS})
+        ((same,), _) = converted(tmp_path, "openhands", self.EVENTS, name="events.json")
+        assert row == same
+        assert row["messages"][:3] == [
+            {"role": "system", "content": "You help."},
+            {"role": "user", "content": "Mend it."},
+            {
+                "role": "assistant",
+                "content": "I look.",
+                "tool_calls": [
+                    call("terminal", '{"command": "ls"}', "c1"),
+                    call("terminal", '{"command": "rm x"}', "c2"),
+                ],
+            },
+        ]
+        _, shown, _ = to_demonstration(row, call_format("hermes"))
+        assert [m["content"] for m in shown[1:]] == ["a.py", "No.", "Done.\n\nMended."]
+
+    def test_an_unknown_event_is_counted(self, tmp_path):
+        rows = [{"history": [*self.EVENTS, {"kind": kind}]} for kind in ("TokenEvent", "NewEvent")]
+        out, report = converted(tmp_path, "openhands", *rows)
+        assert len(out) == 1 and "unknown event 'NewEvent' (row 2)" in report
+
+
 @pytest.mark.parametrize(
     ("kind", "row"),
     [
+        ("openhands", {"history": TestOpenHandsSDKEvents.EVENTS}),
         ("sharegpt", TestShareGPT.ROW),
         ("openhands", TestOpenHandsMessages.ROW),
         ("openhands", {"history": TestOpenHandsEvents.EVENTS, "report": {"resolved": True}}),
     ],
-    ids=["sharegpt", "messages", "events"],
+    ids=["sdk", "sharegpt", "messages", "events"],
 )
 def test_whatever_stands_in_a_rows_place_is_written_or_counted(tmp_path, kind, row):
     rows = [row, *with_junk(row)]

@@ -102,4 +102,6 @@ def _rows(source: Path) -> Iterator[tuple[int, Any]]:
 
 def _is_row(item: Any) -> bool:
     """Whether an item of a .json list is a row of its own, and not an event of one conversation."""
-    return not (isinstance(item, dict) and ("action" in item or "observation" in item))
+    return not (
+        isinstance(item, dict) and any(k in item for k in ("action", "observation", "kind"))
+    )

@@ -1,9 +1,11 @@
 """OpenHands: messages with calls, or lists of events.
 
 Messages are found under "messages" or "trajectory", with calls as `tool_calls` or written as
-<function=...>.  Events, with "action" or "observation", are found under "history", "trajectory" or
-"events", or are the row itself.  What tells the model of <function=...> is taken out of the prompt,
-and the tools it describes become `tools`.  A call of `finish` becomes the final answer.
+<function=...>.  Events, with "action" or "observation" (since version 1 of a "kind"), are found
+under "history", "trajectory" or "events", or are the row itself.
+
+What tells the model of <function=...> is taken out of the prompt, and the tools it describes become
+`tools`.  A call of `finish` becomes the final answer.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ _DESCRIBED_PARAMETER = re.compile(
     r"^  \(\d+\) (\S+) \((\w+), (required|optional)\): (.*?)(?=^  \(\d+\) |\Z)", re.S | re.M
 )
 _BOOKKEEPING = {"agent_state_changed", "change_agent_state", "null", "recall", "condensation"}
+_SDK_BOOKKEEPING = {"ConversationStateUpdateEvent", "TokenEvent", "PauseEvent"}
 _TOOL_OF_ACTION = {
     "run": ("execute_bash", "command"),
     "run_ipython": ("execute_ipython_cell", "code"),
@@ -56,6 +59,8 @@ def from_openhands(row: Any) -> dict[str, Any]:
     tools = decoded(own.get("tools") or None, "tools")
     if "role" in items[0]:
         return trajectory_row(own, *_of_messages(items, tools))
+    if str(items[0].get("kind", "")).endswith("Event"):
+        return trajectory_row(own, _of_sdk_events(items), tools)
     if "action" in items[0] or "observation" in items[0]:
         messages, shown = _of_events(items)
         return trajectory_row(own, messages, tools or shown)
@@ -213,3 +218,31 @@ def _action(
     tool, parameter = _TOOL_OF_ACTION[kind]
     say(messages, thought, [tool_call(tool, {parameter: arguments.get(parameter, "")})])
     return tool, None
+
+
+def _of_sdk_events(events: list[dict[str, Any]]) -> list[Message]:
+    """Messages of the SDK's events; the tools that it records are no JSON schemas."""
+    messages: list[Message] = []
+    for number, event in enumerate(events, start=1):
+        kind = event.get("kind")
+        if kind == "SystemPromptEvent":
+            messages.append(
+                {"role": "system", "content": text_of([event["system_prompt"]], number)}
+            )
+        elif kind == "MessageEvent":
+            text = text_of(event["llm_message"]["content"], number)
+            if event["source"] == "agent":
+                say(messages, text, ())
+            else:
+                messages.append({"role": "user", "content": text})
+        elif kind == "ActionEvent":
+            made = event["tool_call"]
+            call = tool_call(made["name"], made["arguments"], event["tool_call_id"])
+            _say_or_finish(messages, text_of(event.get("thought"), number), [call], number)
+        elif kind in ("ObservationEvent", "AgentErrorEvent"):
+            found = event["observation"]["content"] if "observation" in event else event["error"]
+            ids = {"name": event["tool_name"], "tool_call_id": event["tool_call_id"]}
+            messages.append({"role": "tool", **ids, "content": text_of(found, number)})
+        elif kind not in _SDK_BOOKKEEPING:
+            raise UnusableRow(f"unknown event {kind!r}.", number)
+    return messages
