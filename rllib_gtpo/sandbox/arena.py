@@ -206,4 +206,6 @@ class Arena:
         zygote = self.sandbox._pool.zygote
         if zygote is None or not os.path.isdir(zygote.scratch):
             return []
-        return sorted(str(path) for path in Path(zygote.scratch).glob("*/*") if path.name != "note")
+        below = [walk for walk in os.walk(zygote.scratch) if walk[0] != zygote.scratch]
+        names = [f"{top}/{name}" for top, *kinds in below for kind in kinds for name in kind]
+        return sorted(name for name in names if not name.endswith("/note"))

@@ -92,6 +92,7 @@ class SessionState:
         self.cell: Cell | None = None
         self.jobs: deque[Job] = deque()
         self.note = ""  # what the next result must say first
+        self.restarts = 0  # processes lost with names in them
         self.closed = False
 
 

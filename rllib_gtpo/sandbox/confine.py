@@ -16,9 +16,9 @@ from typing import Any
 from . import identity, landlock, namespaces, roots, seccomp
 
 NO_FILTER = (
-    "seccomp filters are not available here, so nothing can be confined. Run the code elsewhere "
-    "with a remote backend (rllib_gtpo.sandbox.remote), or accept a sandbox that only sets "
-    "resource limits with allow_degraded=True."
+    "seccomp filters are not available here (there is one for Linux on x86-64), so nothing can be "
+    "confined. Run the code elsewhere with a remote backend (rllib_gtpo.sandbox.remote), or accept "
+    "a sandbox that only sets resource limits with allow_degraded=True."
 )
 _SET_DUMPABLE, _SET_DEATH_SIGNAL = 4, 1
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -402,6 +402,7 @@ class Pool:
             session.cell = None
             if had_job or cell.ran:
                 session.note = RESTARTED
+                session.restarts += 1
             self._next_cell(session)
 
     def _finish(self, cell: Cell, status: Status, note: str, cpu: float) -> None:

@@ -99,6 +99,11 @@ class Session(_Runner):
     def _submit(self, job: Job) -> None:
         self._pool.submit_cell(self._state, job)
 
+    @property
+    def restarts(self) -> int:
+        """How often its process was lost, and with it the names, for whatever reason."""
+        return self._state.restarts
+
     def close(self) -> None:
         """Kill the session's process.  Does not wait for it; may be called again."""
         if not self._closed and os.getpid() == self._pid:
