@@ -43,10 +43,12 @@ from rllib_gtpo.errors import ConfigError, DataError, EnvironmentFault, GTPOErro
 from rllib_gtpo.rollout import Rollout
 from rllib_gtpo.shuffling import EndlessOrder
 from rllib_gtpo.text_env import as_tool_env
+from rllib_gtpo.tools.python import sandbox_restarts
 from rllib_gtpo.types import Task, Trajectory
 
 ATTEMPTS = 3  # to roll out a member whose environment breaks
 UNSHAPED_GROUPS = "unshaped_groups"  # those whose texts could not be embedded
+SANDBOX_RESTARTS = "sandbox_restarts"  # sandboxes whose own process was lost and replaced
 
 
 @dataclass
@@ -93,6 +95,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         self._weights_seq_no = 0
         self._tasks: dict[str, list[Task]] = {}  # of the splits that were asked for
         self._order: EndlessOrder | None = None  # of the training tasks
+        self._restarts = sandbox_restarts()
         self.make_env()
         self.codec = self.config.build_codec()
         self._shaping = self.config.build_shaping()
@@ -325,6 +328,9 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         return result
 
     def _log(self, episodes: list[SingleAgentEpisode]) -> None:
+        restarts = sandbox_restarts()
+        self.metrics.log_value(SANDBOX_RESTARTS, restarts - self._restarts, reduce="sum")
+        self._restarts = restarts
         steps = sum(len(e) for e in episodes)
         self.num_env_steps_sampled_lifetime += steps
         for key, value in ((NUM_ENV_STEPS_SAMPLED, steps), (NUM_EPISODES, len(episodes))):

@@ -169,6 +169,13 @@ def shared_sandbox(
     return _host(limits, preload, _service_options(service)).sandbox
 
 
+def sandbox_restarts() -> int:
+    """How often this process's sandboxes lost the process that forks executions, and healed."""
+    with _lock:
+        sandboxes = [host.sandbox for key, host in _hosts.items() if key[0] == os.getpid()]
+    return sum(s.restarts for s in sandboxes if isinstance(s, PythonSandbox))
+
+
 def _service_options(service: Service | None) -> dict[str, Any]:
     """Keywords of `RemoteSandbox`; none for this machine's own."""
     if service is None:
