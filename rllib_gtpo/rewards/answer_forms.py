@@ -23,6 +23,7 @@ from rllib_gtpo.rewards.answer_units import (
 
 MAX_DEPTH = 12
 MAX_ITEMS = 40
+MAX_WORDS = 4  # of an element of a list; more make a sentence
 Leaf = Callable[[str, str], bool]
 
 
@@ -57,18 +58,24 @@ class Group:
 Form = Formula | Named | Group
 
 _SPLIT_WORD = re.compile(r"(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
-_NAME = re.compile(r"(?:[^\d+\-*/^=<>;!]|_\{\w+\}|\\[a-z]+){1,40}")
+_NAME = re.compile(r"(?:[^\d+\-*/^=<>;!_]|_\{\w+\}){1,40}")
 _VARIABLE = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{\w+\})?"
-_BETWEEN = re.compile(rf"([^<>]+?)(<|\\le )({_VARIABLE})(<|\\le ?)([^<>]+)")
-_BOUND = re.compile(rf"({_VARIABLE})(<|>|\\le ?|\\ge ?)([^<>\\=]*|\\(?!le|ge|ne)[^<>=]*)")
-_BOUND_LEFT = re.compile(rf"([^<>=]+?)(<|>|\\le ?|\\ge ?)({_VARIABLE})")
+_BELOW, _ABOVE = r"(?:<|\\le(?![a-z])) ?", r"(?:>|\\ge(?![a-z])) ?"
+_SIDE = r"[^<>=\\]*(?:\\(?!(?:le|ge|ne)(?![a-z]))[^<>=\\]*)*"  # a formula without relations
+_INEQUALITIES = [
+    (re.compile(rf"({_SIDE})({_BELOW})({_VARIABLE})({_BELOW})({_SIDE})"), "between"),
+    (re.compile(rf"({_SIDE})({_ABOVE})({_VARIABLE})({_ABOVE})({_SIDE})"), "between"),
+    (re.compile(rf"({_VARIABLE})({_BELOW}|{_ABOVE})({_SIDE})"), "right"),
+    (re.compile(rf"({_SIDE})({_BELOW}|{_ABOVE})({_VARIABLE})"), "left"),
+]
 _MEMBER = re.compile(rf"({_VARIABLE})\\in ?(.+)")
 _MATRIX = re.compile(r"\\begin\{(?:p?matrix|array)\}(?:\{[clr|]*\})?(.*?)(?:\\\\)?\\end\{\w+\}")
 _OUTSIDE_IN = re.compile(r"\]([^\[\]]+)\[")
-_THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", re.ASCII)
 _PADDED = re.compile(r"-?\d{1,3}(?:,\d{3})*,0\d\d(?:,\d{3})*", re.ASCII)
 _BASE = re.compile(r"([0-9A-Fa-f]+)_\{(\d+)\}")
+_DEGREES = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?|[A-Za-z])°")
 _RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", re.ASCII)
+_LITERAL = re.compile(r"\\ldots|\.\.\.|\d\.\d*\.|\d \d")  # "1, 2, ...", 1.2.3, "1 2": no formulas
 _OPEN, _CLOSE = "([{", ")]}"
 
 
@@ -82,7 +89,7 @@ def parse(text: str, depth: int = 0) -> Form:
         return Formula(r"\emptyset")
     if text in (r"\mathbb{R}", "all real numbers", r"x\in\mathbb{R}"):
         text = r"(-\infty,\infty)"
-    if number(text) is not None:
+    if number(split_unit(text)[0]) is not None:
         return Formula(text)
     for read in (_read_list, _read_signs, _read_named, _read_union, _read_brackets, _read_matrix):
         form = read(text, depth + 1)
@@ -119,7 +126,7 @@ def _items(text: str, in_brackets: bool) -> list[str]:
     coarse = _cut(text, lambda t, i: int(t[i] == ";") or _word(t, i))
     for part in coarse:
         part = part.strip()
-        if _THOUSANDS.fullmatch(part) and (len(coarse) > 1 or not in_brackets):
+        if (len(coarse) > 1 or not in_brackets) and number(split_unit(part)[0]) is not None:
             parts.append(part)
         else:
             parts += (p.strip() for p in _cut(part, lambda t, i: int(t[i] == ",")))
@@ -127,11 +134,9 @@ def _items(text: str, in_brackets: bool) -> list[str]:
 
 
 def _read_list(text: str, depth: int) -> Form | None:
-    if is_prose(_SPLIT_WORD.sub(" ", text)) and "=" not in text and not number(text[:1]):
-        return None
     parts = _items(text, in_brackets=False)
-    if len(parts) < 2:
-        return None
+    if len(parts) < 2 or any(len(part.split()) > MAX_WORDS for part in parts):
+        return None  # one thing, or a sentence
     items: list[Form] = []
     for part in parts:
         form = parse(part, depth)
@@ -160,7 +165,7 @@ def _read_signs(text: str, depth: int) -> Form | None:
 
 
 def _read_named(text: str, depth: int) -> Form | None:
-    for pattern, order in ((_BETWEEN, "between"), (_BOUND, "right"), (_BOUND_LEFT, "left")):
+    for pattern, order in _INEQUALITIES:
         if match := pattern.fullmatch(text):
             return _interval(match, order, text, depth)
     if match := _MEMBER.fullmatch(text):
@@ -175,21 +180,22 @@ def _read_named(text: str, depth: int) -> Form | None:
 
 
 def _interval(match: re.Match[str], order: str, text: str, depth: int) -> Form:
-    low, high, name = r"-\infty", r"\infty", ""
-    left, right = "(", ")"
+    low, high, name, signs = r"-\infty", r"\infty", "", []
     if order == "between":
         low, first, name, second, high = match.groups()
-        left, right = "(" if first == "<" else "[", ")" if second == "<" else "]"
+        signs = [first.strip(), second.strip()]
+        if signs[0] in (">", r"\ge"):
+            low, high, signs = high, low, signs[::-1]
     else:
         name, sign, bound = match.groups() if order == "right" else match.groups()[::-1]
-        upper = (sign == "<" or sign.startswith(r"\le")) == (order == "right")
-        closed = sign not in "<>"
-        if upper:
-            high, right = bound, "]" if closed else ")"
+        sign = sign.strip()
+        if (sign in ("<", r"\le")) == (order == "right"):
+            high, signs = bound, ["<", sign]
         else:
-            low, left = bound, "[" if closed else "("
+            low, signs = bound, [sign, "<"]
+    left, right = ("(" if s in "<>" else "[" for s in signs)
     ends = (parse(low.strip(), depth), parse(high.strip(), depth))
-    return Named(name, Group(left + right, ends), text)
+    return Named(name, Group(left + (")" if right == "(" else "]"), ends), text)
 
 
 def _read_union(text: str, depth: int) -> Form | None:
@@ -350,13 +356,14 @@ def same_formula(a: str, b: str, leaf: Leaf) -> bool:
         return _same_ratio(ratios[0] or x, ratios[1] or y)
     if is_prose(value_a) or is_prose(value_b):
         return words_of(a) == words_of(b)
-    if r"\ldots" in a + b or "..." in a + b:
+    if _LITERAL.search(a) or _LITERAL.search(b):
         return False
     if "°" in (unit_a, unit_b) and unit_a != unit_b:
         value_a, value_b = (
             rf"\frac{{({v})*\pi}}{{180}}" if u == "°" else v
             for v, u in ((value_a, unit_a), (value_b, unit_b))
         )
+    value_a, value_b = (_DEGREES.sub(r"\\frac{\1*\\pi}{180}", v) for v in (value_a, value_b))
     return value_a == value_b or leaf(value_a, value_b)
 
 

@@ -113,13 +113,16 @@ def points(names: list[Any]) -> list[dict[Any, Any]]:
 
 def value(formula: Any, point: dict[Any, Any]) -> Any:
     """The formula's finite value at the point, or None."""
-    number = sympy.N(formula.subs(point), DIGITS)
-    if not number.is_number or number.has(sympy.nan, sympy.zoo, sympy.oo):
-        number = sympy.N(formula.subs(point).doit(), DIGITS)
-    if not number.is_number or number.has(sympy.nan, sympy.zoo, sympy.oo):
-        return None
-    real, imaginary = number.as_real_imag()
-    return real if abs(imaginary) <= TINY * max(1, abs(real)) else real + sympy.I * imaginary
+    for prepare in (lambda f: f, lambda f: f.doit()):
+        try:
+            number = sympy.N(prepare(formula.subs(point)), DIGITS)
+        except (ValueError, TypeError, NotImplementedError, ArithmeticError):
+            continue
+        if number.is_number and not number.has(sympy.nan, sympy.zoo, sympy.oo):
+            real, imaginary = number.as_real_imag()
+            small = abs(imaginary) <= TINY * max(1, abs(real))
+            return real if small else real + sympy.I * imaginary
+    return None
 
 
 def near(x: Any, y: Any, a: Any, b: Any) -> bool:

@@ -23,6 +23,8 @@ _SCALE = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "b
 _GLUE = ("per", "of", "in", "a", "an", "each", "the")
 _UNIT = re.compile(r"([A-Za-z]+|[°%¢€£¤])(?:\^\{(-?\d)\}|([23]))?")
 _ATTACHED = re.compile(r"(.*[\d}\)])((?:[A-Za-z]{2,}|[°%¢€£])[A-Za-z/*^{}\d]*)", re.DOTALL)
+_CONSTANT = re.compile(r"(?:\\(?:sqrt|frac|pi)|[\d{}()\[\]+\-*/.,:^ !])+", re.ASCII)
+_ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _OPERATIONS = ("not", "and", "or", "but", "less", "more", "than", "minus", "plus", "times", "over")
 _MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 _MONTH = rf"({'|'.join(_MONTHS)})[a-z]*\.?"
@@ -54,7 +56,11 @@ def unit_of(text: str) -> str | None:
             if match is None:
                 return None
             name = match.group(1)
-            known = _ALIAS.get(name) or _ALIAS.get(name.lower()) or _ALIAS.get(name[:-1].lower())
+            known = (
+                _ALIAS.get(name)
+                or _ALIAS.get(name.lower())
+                or _ALIAS.get(name.lower().removesuffix("s"))
+            )
             if known is None and name.lower() in _GLUE:
                 continue
             if known is None and (len(name) < 3 or name.lower() in _OPERATIONS):
@@ -72,6 +78,8 @@ def unit_of(text: str) -> str | None:
 
 def split_unit(text: str) -> tuple[str, str]:
     """The quantity and the unit of `text`, "" if it has none.  Scale words multiply."""
+    if _ANGLE_FUNCTION.search(text):  # its degree belongs to its argument
+        return text, ""
     sign = "-" if text[:1] == "-" else ""
     if text[len(sign) : len(sign) + 1] in ("¤", "€", "£"):
         return sign + text[len(sign) + 1 :], text[len(sign)]
@@ -85,7 +93,7 @@ def split_unit(text: str) -> tuple[str, str]:
         joined = f"{match.group(2)} {unit}".strip()
         if unit_of(joined) is not None:
             value, unit = match.group(1), joined
-    if not unit or not re.search(r"\d|\\pi|\}$", value):
+    if not unit or _CONSTANT.fullmatch(value) is None:
         return text, ""
     first, _, rest = unit.partition(" ")
     if first in _SCALE and (plain := number(value)) is not None:
