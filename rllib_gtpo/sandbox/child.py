@@ -19,6 +19,7 @@ import types
 from typing import Any, TextIO
 
 EXIT_OK, EXIT_ERROR, EXIT_MEMORY, EXIT_DISK, EXIT_SETUP = 0, 1, 241, 242, 243
+INLINE = 1 << 14  # bytes of a cell's code that travel in its message; longer code as a memory file
 REPLY = struct.Struct("<QB")  # the cell's nonce, how it ended
 SOCKET = 3  # a session's own descriptor, the only one besides 0, 1 and 2
 RESERVE = 64 << 20  # address space for reporting a MemoryError
@@ -116,19 +117,19 @@ def _serve(sock: socket.socket, memory: int, limits: dict[str, Any]) -> None:
     count = 0
     while True:
         try:
-            message, fds, _, _ = socket.recv_fds(sock, 8, 1)
+            message, fds, _, _ = socket.recv_fds(sock, 8 + INLINE, 1)
         except OSError:
             os._exit(EXIT_SETUP)  # the code closed the descriptor
         if not message:
             os._exit(EXIT_OK)
         count += 1
-        code = _read(fds[0])
+        code = _read(fds[0]) if fds else message[8:].decode("utf-8", "surrogatepass")
         if count > 1:
             _limit_cpu(limits["cpu_seconds"])
         status = _execute(code, f"<cell {count}>", variables, memory)
         _flush()
         try:
-            sock.send(REPLY.pack(int.from_bytes(message, "little"), status))
+            sock.send(REPLY.pack(int.from_bytes(message[:8], "little"), status))
         except OSError:
             os._exit(EXIT_SETUP)
 

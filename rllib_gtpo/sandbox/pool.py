@@ -28,7 +28,7 @@ from rllib_gtpo.sandbox.cells import (
     memory_file,
     queued_time,
 )
-from rllib_gtpo.sandbox.child import REPLY
+from rllib_gtpo.sandbox.child import INLINE, REPLY
 from rllib_gtpo.sandbox.hub import Hub
 from rllib_gtpo.sandbox.limits import (
     RESTARTED,
@@ -268,16 +268,21 @@ class Pool:
         assert cell.socket is not None
         job.nonce = int.from_bytes(os.urandom(8), "little")
         cell.job = job
-        fd = memory_file(job.code)
+        message = job.nonce.to_bytes(8, "little")
         try:
-            socket.send_fds(cell.socket, [job.nonce.to_bytes(8, "little")], [fd])
+            if len(job.code) <= INLINE:
+                cell.socket.send(message + job.code)
+            else:
+                fd = memory_file(job.code)
+                try:
+                    socket.send_fds(cell.socket, [message], [fd])
+                finally:
+                    os.close(fd)
         except (BrokenPipeError, ConnectionResetError):
             pass  # it died a moment ago; the report of that ends the job
         except OSError:
             cell.job = None
             raise
-        finally:
-            os.close(fd)
         self._start_clock(cell)
 
     # Deadlines.

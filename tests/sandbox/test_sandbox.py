@@ -16,6 +16,7 @@ import pytest
 from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.sandbox import Limits, PythonSandbox, SandboxUnavailable, Status
 from rllib_gtpo.sandbox.backend import SandboxBackend, SessionBackend
+from rllib_gtpo.sandbox.child import INLINE
 from rllib_gtpo.sandbox.guarantees import NAMES
 from rllib_gtpo.sandbox.output import Output, clip
 from rllib_gtpo.sandbox.zygote import sweep
@@ -339,6 +340,14 @@ def test_a_session_that_dies_says_so_and_starts_anew(sandbox, code, status, note
             "[The session was restarted: names defined before are gone.]\n"
         )
         assert cell.run("print('fine')").output == "fine\n"
+
+
+@pytest.mark.parametrize("length", [0, INLINE - 40, INLINE, 1 << 20])
+def test_code_of_any_length(sandbox, length):
+    code = "#" * length + "\nprint('\u00e9' * 2)"
+    with sandbox.session() as cell:
+        for runner in (cell, cell, sandbox):
+            assert runner.run(code).output == "\u00e9\u00e9\n"
 
 
 def test_a_session_that_dies_between_cells_says_so(sandbox):
