@@ -41,7 +41,8 @@ PRELOAD = ("numpy", "sympy")
 WORKERS = 4  # executions at one time where many are counted
 THRESHOLDS = {
     "sympy_fresh_ratio": {"min": 15.0},
-    "cell_ratio": {"min": 150.0},
+    "sympy_cell_ratio": {"min": 150.0},
+    "arithmetic_cell_ratio": {"min": 40.0},
     "rss_growth_mb": {"max": 8.0},
     "fd_growth": {"max": WORKERS},  # of the zygote: an empty place is kept for the next
     "processes_left": {"max": 0},
@@ -112,10 +113,8 @@ def measure_speed(report: Report, rounds: int) -> None:
                 "per_s": 1000 / p50,
                 "ratio": ratio,
             }
-            if kind == "cell":
-                row["cell_ratio"] = ratio
-            elif name == "sympy" and kind == "fresh":
-                row["sympy_fresh_ratio"] = ratio
+            if f"{name}_{kind}_ratio" in THRESHOLDS:
+                row[f"{name}_{kind}_ratio"] = ratio
             report.add(row, SPEED)
 
 
