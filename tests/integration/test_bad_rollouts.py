@@ -78,6 +78,21 @@ class Late(Adder):
         return await super().astep(action)
 
 
+def add(a: int, b: int) -> str:
+    """Add two numbers.  a: the first.  b: the second."""
+    return "9" * 5000
+
+
+class Talkative(Adder):
+    """Its tool fills the context, and its reward is asynchronous."""
+
+    tools = [add]
+
+    async def reward(self, trajectory, task):
+        await asyncio.sleep(0)
+        return {"accuracy": 0.0, "graded": 1.0}
+
+
 class Hopeless(Adder):
     def reward(self, trajectory, task):
         return {"accuracy": 0.0}
@@ -142,6 +157,17 @@ def test_an_environment_that_never_ends_stops_at_the_turn_limit(train):
         StopReason.TURN_TRUNCATED,
     }
     assert max(len(t.turns) for t in trajectories) == 3
+
+
+def test_a_context_that_a_tool_fills_ends_the_trajectory_which_is_scored(train):
+    algorithm = train(Talkative)
+    trajectories = [t for g in algorithm._sample_step().groups for t in g.trajectories]
+    full = [t for t in trajectories if t.stop_reason is StopReason.MAX_TOKENS]
+    assert full
+    assert all(t.answer is None and not t.correct for t in full)
+    for trajectory in trajectories:
+        assert not any("graded" in turn.rewards for turn in trajectory.turns[:-1])
+        assert trajectory.turns[-1].rewards["graded"] == 1.0
 
 
 def test_a_prompt_that_is_too_long_is_left_out_and_replaced(train):
