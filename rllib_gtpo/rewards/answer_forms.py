@@ -282,6 +282,7 @@ def same(a: Form, b: Form, leaf: Leaf) -> bool:
         return (
             group.kind in ("set", "[]")
             and len(group.items) == 1
+            and group.items[0] != Formula(r"\emptyset")
             and same(group.items[0], single, leaf)
         )
     assert isinstance(a, Group) and isinstance(b, Group)

@@ -22,6 +22,8 @@ from math_verify import verify  # type: ignore[import-untyped]
 from sympy.core.relational import Relational  # type: ignore[import-untyped]
 
 DIGITS = 40  # of the numeric evaluation
+PRECISE = 400  # of the second look at constants that agree
+UNEVALUATED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
 NEAR = sympy.Float(10) ** -20  # relative difference of values that are equal
 TINY = sympy.Float(10) ** -25  # below it a sum may be the rounding error of zero
 NEEDED = 2  # points at which formulas with variables must have values that can be compared
@@ -84,7 +86,11 @@ def same_values(a: Any, b: Any, step: str) -> bool | None:
             return None
         if step and abs(x - y) < sympy.Rational(step):
             return True
-        return near(x, y, a, b)
+        if not near(x, y, a, b) or a.has(*UNEVALUATED) or b.has(*UNEVALUATED):
+            return near(x, y, a, b)
+        x, y = value(a, {}, PRECISE), value(b, {}, PRECISE)  # 10^100 is not 10^100+1
+        size = max(abs(x), abs(y))
+        return size < TINY or bool(abs(x - y) <= size * sympy.Float(10, PRECISE) ** (40 - PRECISE))
     real: list[bool] = []
     other: list[bool] = []
     for point in points(names):
@@ -111,11 +117,11 @@ def points(names: list[Any]) -> list[dict[Any, Any]]:
     return table
 
 
-def value(formula: Any, point: dict[Any, Any]) -> Any:
+def value(formula: Any, point: dict[Any, Any], digits: int = DIGITS) -> Any:
     """The formula's finite value at the point, or None."""
     for prepare in (lambda f: f, lambda f: f.doit()):
         try:
-            number = sympy.N(prepare(formula.subs(point)), DIGITS)
+            number = sympy.N(prepare(formula.subs(point)), digits)
         except (ValueError, TypeError, NotImplementedError, ArithmeticError):
             continue
         if number.is_number and not number.has(sympy.nan, sympy.zoo, sympy.oo):
