@@ -32,7 +32,7 @@ lower `engine_config.cache_tokens`, or leave out the evaluation's runner:
 
 Results to expect: not measured yet.  Before it learns anything, `tool/invalid_rate` should be well
 below a half; if it is not, cold start it on demonstrations (cold_start.data, `rllib convert`).
-Rollouts run on transformers' own forward passes; they, not the updates, are the time of a run.
+Rollouts run on transformers' own forward passes; expect them to take most of the time.
 """
 
 from rllib_gtpo import GTPOConfig
