@@ -105,7 +105,9 @@ class Confinement:
         devices = [path for path in roots.DEVICES if os.path.exists(path)]
         if self.first_user:
             os.chmod(self.scratch, 0o711)
-            reach = [] if self.namespaces else [*self.directories, *files, self.scratch]
+            reach = (
+                [] if self.namespaces or self.sealed else [*self.directories, *files, self.scratch]
+            )
             self.search = identity.needs_search(reach)
         if self.namespaces:
             namespaces.enter_root(self.directories, [*files, *devices], self.scratch)

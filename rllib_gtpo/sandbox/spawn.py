@@ -21,7 +21,8 @@ from typing import Any
 
 from rllib_gtpo.sandbox.hub import Hub
 from rllib_gtpo.sandbox.limits import Limits, SandboxUnavailable
-from rllib_gtpo.sandbox.zygote import EVENT, REQUEST, sweep
+from rllib_gtpo.sandbox.sweep import sweep
+from rllib_gtpo.sandbox.zygote import EVENT, REQUEST
 
 HERE = Path(__file__).parent
 IN_FLIGHT = 64  # forks asked for and not yet done: bounds descriptors in transit

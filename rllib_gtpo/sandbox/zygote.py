@@ -18,12 +18,10 @@ import select
 import signal
 import site
 import socket
-import stat
 import struct
 import sys
 import traceback
 import types
-from collections.abc import Iterator
 from typing import Any
 
 REQUEST = struct.Struct("<cQ")  # "F"resh, "S"ession or "K"ill; the cell's id
@@ -48,79 +46,13 @@ for text in r'''3\sqrt{2}+\sqrt[3]{x}; (x+1)^2=y_1; \frac{-a}{2b}*c; 1-\sin(x)\c
 }
 
 
-def sweep(top: str) -> None:
-    """Remove the directory `top`, however deep, wide or unreadable; follows no symbolic link.
-
-    Subdirectories are moved up beside each other before they are emptied, so that neither the
-    recursion limit nor the longest path name matters.
-    """
-    shelf = top + ".sweep"
-    with contextlib.suppress(OSError):
-        os.mkdir(shelf, 0o700)
-    try:
-        shelf_fd = os.open(shelf, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return
-    # The shelf is not empty if whoever swept before was killed.
-    queue = [top, *(os.path.join(shelf, name) for name in os.listdir(shelf_fd))]
-    count = 0
-    while queue:
-        directory = queue.pop()
-        for name, fd in _entries(directory):
-            try:
-                if stat.S_ISDIR(os.lstat(name, dir_fd=fd).st_mode):
-                    count += 1
-                    place = f"{os.getpid()}-{count}"
-                    os.close(_make_writable(name, fd))  # to move it takes that, if not root
-                    os.rename(name, place, src_dir_fd=fd, dst_dir_fd=shelf_fd)
-                    queue.append(os.path.join(shelf, place))
-                else:
-                    os.unlink(name, dir_fd=fd)
-            except OSError:
-                continue
-        with contextlib.suppress(OSError):
-            os.rmdir(directory)
-    os.close(shelf_fd)
-    with contextlib.suppress(OSError):
-        os.rmdir(shelf)
-    with contextlib.suppress(OSError):  # what took the name of a directory, never what it points at
-        os.unlink(top)
-
-
-def _make_writable(directory: str, parent: int | None) -> int:
-    """Make sure that the owner can use it; returns a path descriptor of it, never of a link."""
-    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
-    with contextlib.suppress(OSError):
-        os.chmod(f"/proc/self/fd/{fd}", 0o700)
-    return fd
-
-
-def _entries(directory: str) -> Iterator[tuple[str, int]]:
-    """The names in `directory` with a descriptor of it; none if it is a symbolic link."""
-    try:
-        path_fd = _make_writable(directory, None)
-    except OSError:
-        return
-    fd = -1
-    try:
-        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=path_fd)
-        for name in os.listdir(fd):
-            yield name, fd
-    except OSError:
-        return
-    finally:
-        os.close(path_fd)
-        if fd >= 0:
-            os.close(fd)
-
-
 class Zygote:
     """Serves one host until the host is gone."""
 
-    def __init__(self, config: dict[str, Any], child: Any, confinement: Any) -> None:
-        """Set up the event sources; `child` is the module that runs code."""
-        self.limits, self.scratch, self.child = config["limits"], config["scratch"], child
-        self.confinement = confinement
+    def __init__(self, config: dict[str, Any], modules: Any, confinement: Any) -> None:
+        """Set up the event sources; `modules` are those of `load`."""
+        self.limits, self.scratch = config["limits"], config["scratch"]
+        self.modules, self.confinement = modules, confinement
         self.control = socket.socket(fileno=config["control"])
         self.control.setblocking(False)
         self.outbox: collections.deque[bytes] = collections.deque()
@@ -146,8 +78,8 @@ class Zygote:
         if os.getppid() != config["host"]:
             sys.exit("the host is gone")
 
-    def watch(self, watchdog: Any) -> None:
-        """Fork the watchdog if something needs one; `watchdog` is its module."""
+    def watch(self) -> None:
+        """Fork the watchdog if something needs one."""
         disk, threads = self.confinement.unbounded()
         if disk is None and not threads:
             return
@@ -160,12 +92,12 @@ class Zygote:
                     if fd != report:
                         with contextlib.suppress(OSError):
                             os.close(fd)
-                watchdog.watch(self.scratch, self.pid, report, disk, threads)
+                self.modules.watchdog.watch(self.scratch, self.pid, report, disk, threads)
             finally:
                 os._exit(0)
         os.close(report)
         self.helpers.add(self.watchdog)
-        self.record = watchdog.REPORT
+        self.record = self.modules.watchdog.REPORT
         self.poll.register(self.reports, select.EPOLLIN)
 
     def serve(self) -> None:
@@ -216,8 +148,8 @@ class Zygote:
             self.outbox.append(EVENT.pack(b"E", cell, error.errno or 0, 0.0))
             return
         if pid == 0:
-            self.child.run(kind, fds, self.confinement, slot, self.limits)
-            os._exit(self.child.EXIT_SETUP)
+            self.modules.child.run(kind, fds, self.confinement, slot, self.limits)
+            os._exit(self.modules.child.EXIT_SETUP)
         self.pids[cell], self.cells[pid], self.slots[pid] = pid, cell, slot
         self.outbox.append(EVENT.pack(b"P", cell, pid, 0.0))
 
@@ -281,7 +213,7 @@ class Zygote:
         if pid == 0:
             try:
                 signal.set_wakeup_fd(-1)
-                sweep(slot.path)
+                self.modules.sweep.sweep(slot.path)
             finally:
                 os._exit(0)
         self.helpers.add(pid)
@@ -323,33 +255,33 @@ class Zygote:
             with contextlib.suppress(OSError):  # the file systems end with us
                 os.rmdir(os.path.basename(self.scratch), dir_fd=self.parent)
         else:
-            sweep(self.scratch)
+            self.modules.sweep.sweep(self.scratch)
 
 
-def load(home: str) -> list[Any]:
-    """Import our modules from the directory `home`, under no name that code could import."""
+def load(home: str) -> Any:
+    """Our modules in the directory `home`, imported under no name that code could import."""
     package = types.ModuleType(PACKAGE)
     package.__path__ = [home]
     sys.modules[PACKAGE] = package
-    names = [f"{PACKAGE}.{name}" for name in ("child", "confine", "watchdog")]
-    modules = [importlib.import_module(name) for name in names]
+    names = ("child", "confine", "sweep", "watchdog")
+    modules = {name: importlib.import_module(f"{PACKAGE}.{name}") for name in names}
     for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
         del sys.modules[name]
-    return modules
+    return types.SimpleNamespace(**modules)
 
 
 def main() -> None:
     """Prepare the interpreter, say so, and serve."""
     config = json.loads(sys.argv[1])
     sys.argv = [""]
-    child, confine, watchdog = load(config["home"])
+    modules = load(config["home"])
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: daemonised descendants come here
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
         f.write("1000")  # inherited; a lost zygote is replaced, a lost host is not
     try:
-        confinement = confine.Confinement(config)
-        zygote = Zygote(config, child, confinement)
-        zygote.watch(watchdog)
+        confinement = modules.confine.Confinement(config)
+        zygote = Zygote(config, modules, confinement)
+        zygote.watch()
         confinement.enter()
         sys.path.extend(config["path"])
         site.setquit()
@@ -359,7 +291,7 @@ def main() -> None:
             exec(WARM_UP.get(name, ""), {})
         confinement.seal()
     except BaseException as error:
-        refused = isinstance(error, confine.Refused)
+        refused = isinstance(error, modules.confine.Refused)
         problem = str(error) if refused else traceback.format_exc()[-4000:]
         socket.socket(fileno=os.dup(config["control"])).send(b"!" + problem.encode())
         return

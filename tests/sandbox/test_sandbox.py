@@ -19,7 +19,7 @@ from rllib_gtpo.sandbox.backend import SandboxBackend, SessionBackend
 from rllib_gtpo.sandbox.child import INLINE
 from rllib_gtpo.sandbox.guarantees import NAMES
 from rllib_gtpo.sandbox.output import Output, clip
-from rllib_gtpo.sandbox.zygote import sweep
+from rllib_gtpo.sandbox.sweep import sweep
 
 LIMITS = Limits(cpu_seconds=0.5, wall_seconds=1.5, memory_mb=128, output_chars=1000, file_mb=1)
 
