@@ -146,7 +146,8 @@ class GTPOConfig(AlgorithmConfig):
             dtype: "float32" or "bfloat16".
             call_format: How the policy writes tool calls: "hermes" or "fenced".
             cold_start: Supervised training before RL: {"data": "expert" or a path, "steps",
-                "batch_size", "lr", ...}; see rllib_gtpo.cold_start.ColdStart.
+                "batch_size", "lr", ...}; see rllib_gtpo.cold_start.ColdStart, and
+                rllib_gtpo.traces for what a file holds.
         """
         return self._set(
             model=model,
@@ -280,7 +281,7 @@ class GTPOConfig(AlgorithmConfig):
     def evaluation(
         self,
         *,
-        split: str = NotProvided,
+        split: str | list[str] = NotProvided,
         samples_per_task: int = NotProvided,
         temperature: float = NotProvided,
         **kwargs: Any,
@@ -288,8 +289,9 @@ class GTPOConfig(AlgorithmConfig):
         """RLlib's evaluation settings, and what to evaluate on.
 
         Args:
-            split: The environment's split.  `evaluation_duration` counts trajectories.
-            samples_per_task: Trajectories per task.
+            split: The environment's split, or several, each a dataset of its own whose results are
+                under `evaluation/split/NAME/`.  `evaluation_duration` counts trajectories of each.
+            samples_per_task: Trajectories per task; above 1 there are pass@k and maj@k, too.
             temperature: Of sampling during evaluation.
             **kwargs: RLlib's `evaluation_interval`, `evaluation_duration`, ...
         """
