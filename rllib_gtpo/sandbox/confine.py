@@ -13,7 +13,7 @@ import resource
 import signal
 from typing import Any
 
-from . import identity, landlock, namespaces, roots, seccomp
+from . import identity, landlock, namespaces, roots, seccomp, sweep
 
 NO_FILTER = (
     "seccomp filters are not available here (there is one for Linux on x86-64), so nothing can be "
@@ -144,18 +144,15 @@ class Confinement:
         ruleset = self._rules.ruleset(path) if self._rules else -1
         return Slot(number, path, user, ruleset)
 
-    def close_slot(self, slot: Slot) -> bool:
-        """Give up a slot; False if its files are still there and somebody must sweep them."""
-        if slot.ruleset >= 0:
-            os.close(slot.ruleset)
-        try:
-            if self.namespaces:
-                namespaces.unmount_scratch(slot.path)
-            else:
-                os.rmdir(slot.path)
-        except OSError:
-            return False
-        return True
+    def remove_slot(self, slot: Slot) -> None:
+        """Remove a scratch directory and its files; may take long, so not in the zygote itself.
+
+        On a loaded machine the kernel alone may take a second to unmount something.
+        """
+        if self.namespaces:
+            namespaces.unmount_scratch(slot.path)
+        else:
+            sweep.sweep(slot.path)
 
     def renounce(self, slot: Slot) -> None:
         """In the child, first part: its user, its death with the zygote, its files.

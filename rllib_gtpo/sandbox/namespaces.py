@@ -100,8 +100,13 @@ def enter_root(directories: Iterable[str], files: Iterable[str], scratch: str) -
     for path in directories:
         os.makedirs(scratch + path, 0o755, exist_ok=True)
         _bind(path, scratch + path)
-    for path in files:
-        _bind_file(path, scratch)
+    real = {os.path.realpath(path) for path in files}
+    for path in real:
+        os.makedirs(scratch + os.path.dirname(path), 0o755, exist_ok=True)
+        os.close(os.open(scratch + path, os.O_WRONLY | os.O_CREAT, 0o644))
+        _bind(path, scratch + path)
+    for directory in {os.path.dirname(path) for path in real}:
+        _link_aliases(directory, real, scratch)
     os.makedirs(scratch + scratch, 0o755, exist_ok=True)
     os.chdir(scratch)
     _check(_libc.syscall(_PIVOT_ROOT, b".", b"."), "pivot_root")
@@ -120,15 +125,10 @@ def _bind(source: str, target: str) -> None:
     _mount("none", target, "", _BIND | _REMOUNT | _READ_ONLY | _NO_SUID | keep)
 
 
-def _bind_file(path: str, top: str) -> None:
-    """Show the file `path` under `top`, also by the names that are links to it beside it."""
-    real = os.path.realpath(path)
-    directory = os.path.dirname(real)
-    os.makedirs(top + directory, 0o755, exist_ok=True)
-    os.close(os.open(top + real, os.O_WRONLY | os.O_CREAT, 0o644))
-    _bind(real, top + real)
-    stem = os.path.basename(real).split(".so")[0]
-    for name in os.listdir(directory) if ".so" in real else ():
-        alias = os.path.join(directory, name)
-        if name.split(".so")[0].startswith(stem[:4]) and os.path.realpath(alias) == real != alias:
-            os.symlink(os.path.basename(real), top + alias)
+def _link_aliases(directory: str, real: set[str], top: str) -> None:
+    """Under `top`, make the links of `directory` to files in `real`: libz.so.1 -> libz.so.1.3."""
+    for entry in os.scandir(directory):
+        if ".so" in entry.name and entry.is_symlink():
+            target = os.path.realpath(entry.path)
+            if target in real:
+                os.symlink(target, top + entry.path)

@@ -202,18 +202,21 @@ class Zygote:
             self.recycle(self.slots.pop(info.si_pid))
 
     def recycle(self, slot: Any) -> None:
-        """Keep an empty slot for the next; a process of its own sweeps what takes long."""
+        """Keep an empty slot for the next; a process of its own removes any other."""
         with contextlib.suppress(OSError):
             if self.confinement.confined and not os.listdir(slot.path):
                 self.free.append(slot)
                 return
-        if self.confinement.close_slot(slot):
-            return
-        pid = os.fork()
+        if slot.ruleset >= 0:
+            os.close(slot.ruleset)
+        try:
+            pid = os.fork()
+        except OSError:
+            return  # it is removed with everything else, at the end
         if pid == 0:
             try:
                 signal.set_wakeup_fd(-1)
-                self.modules.sweep.sweep(slot.path)
+                self.confinement.remove_slot(slot)
             finally:
                 os._exit(0)
         self.helpers.add(pid)
