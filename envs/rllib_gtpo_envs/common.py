@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import random
 from abc import abstractmethod
@@ -16,7 +15,7 @@ from rllib_gtpo.chat import call_format
 from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.sandbox import Limits, SandboxResult
 from rllib_gtpo.tools.python import PythonSession, Service
-from rllib_gtpo.types import Message, Observation, Task
+from rllib_gtpo.types import Message, Observation, Task, ToolCall
 
 K = TypeVar("K", bound=Any)
 UNCLOSED = "Error: the block is not closed with ```"
@@ -61,15 +60,12 @@ class ScriptedEnv(ToolEnv):
     def call(self, text: str) -> str:
         """A call of the tool, as the model writes it."""
         function = self.tool_schemas[0]["function"]
-        if self.call_format.name == "fenced":
-            return f"```{function['name']}\n{text}\n```"
         parameter = next(iter(function["parameters"]["properties"]))
-        call = json.dumps({"name": function["name"], "arguments": {parameter: text}})
-        return f"<tool_call>{call}</tool_call>"
+        return self.call_format.write(ToolCall(function["name"], {parameter: text}))
 
     def unclosed(self, text: str) -> list[Message]:
         """A call without its end, and what the environment says to it."""
-        written = self.call(text).removesuffix("\n```").removesuffix("</tool_call>")
+        written = self.call(text).removesuffix("\n```").removesuffix("\n</tool_call>")
         call = self.call_format.parse(written, self.tool_schemas).calls[0]
         return [assistant(written), answered(f"Error: {call.error}")]
 

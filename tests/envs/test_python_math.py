@@ -164,7 +164,8 @@ class TestPrompt:
             ("fenced", "```python\nprint(2**10)\n```"),
             (
                 "hermes",
-                '<tool_call>{"name": "python", "arguments": {"code": "print(2**10)"}}</tool_call>',
+                '<tool_call>\n{"name": "python", "arguments": {"code": "print(2**10)"}}\n'
+                "</tool_call>",
             ),
         ],
     )
