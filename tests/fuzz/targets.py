@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import FrameType
 from typing import Any, Literal
 
 from hypothesis import strategies as st
@@ -43,9 +45,19 @@ class Target:
 
 @contextmanager
 def bounded(what: str) -> Iterator[None]:
-    """Fails if what is done inside takes too long."""
+    """Fails if what is done inside takes too long, and ends it soon after (main thread only)."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise AssertionError(f"{what} hangs")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 2 * SECONDS)
     began = time.process_time()
-    yield
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
     taken = time.process_time() - began
     assert taken < SECONDS, f"{what} took {taken:.1f} s"
 

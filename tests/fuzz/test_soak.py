@@ -1,6 +1,7 @@
 """The soak finds what is planted, makes it small, and keeps it once."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "release"))
 
 import fuzz
 
-from tests.fuzz.targets import Target
+from tests.fuzz.targets import Target, bounded
 
 
 def test_a_planted_bug_is_found_and_kept_once(tmp_path, monkeypatch, capsys):
@@ -37,3 +38,14 @@ def test_a_failure_ends_with_exit_code_one(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fuzz.py", "--minutes", "0.001", "--json", str(results)])
     assert fuzz.main() == 1
     assert json.loads(results.read_text())["metrics"][0]["failures"] == 1
+
+
+def test_a_hang_is_ended_and_kept(tmp_path, monkeypatch):
+    def check(text: str) -> None:
+        with bounded("matching"):
+            re.fullmatch(r"(?:a|aa|\w)*!", "a" * 60)
+
+    monkeypatch.setattr(fuzz, "CORPUS", tmp_path)
+    soak = fuzz.Soak("calls", Target(st.just("a"), check))
+    soak.turn(1, 0)
+    assert list(soak.found) == ["AssertionError: matching hangs"]
