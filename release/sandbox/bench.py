@@ -2,7 +2,7 @@
 
     python release/sandbox/bench.py                # under ten minutes
     python release/sandbox/bench.py --full         # 10,000 executions instead of 1,000
-    python release/sandbox/bench.py --json FILE    # also writes the results
+    python release/sandbox/bench.py --json FILE --markdown docs/sandbox.md   # results, table
 
 Speed: rounds that each time everything once, so that whatever else the machine does meets all
 alike; wall time, median and 99th percentile over all rounds, ratios of medians.  "fresh" is an
@@ -19,15 +19,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from results import Report
-
+from release.results import Report, markdown, renewed
 from rllib_gtpo.sandbox import Limits, PythonSandbox, SandboxResult, SandboxUnavailable, Status
 
 CODE = {
@@ -116,6 +115,14 @@ def measure_speed(report: Report, rounds: int) -> None:
             if f"{name}_{kind}_ratio" in THRESHOLDS:
                 row[f"{name}_{kind}_ratio"] = ratio
             report.add(row, SPEED)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of the docs."""
+    head = ["program: how", "plain, ms", "sandbox, ms", "99th percentile", "times as fast"]
+    figures = ("plain_ms", "p50_ms", "p99_ms", "ratio")
+    body = [[row["what"], *(f"{row[f]:.3g}" for f in figures)] for row in rows if "ratio" in row]
+    return markdown(head, body)
 
 
 def resources(pid: int) -> tuple[float, int]:
@@ -223,6 +230,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="10,000 executions and more rounds")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="renew the table in FILE")
     args = parser.parse_args()
     report = Report("sandbox", THRESHOLDS, [])
     try:
@@ -232,6 +240,9 @@ def main() -> int:
     except (SandboxUnavailable, FileNotFoundError) as error:
         print(f"cannot run: {error}")
         return 2
+    if args.markdown:
+        shown = {"sandbox": table(report.rows)}
+        args.markdown.write_text(renewed(args.markdown.read_text(), shown))
     return report.finish(args.json)
 
 
