@@ -24,6 +24,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import math
 import os
 import random
 import re
@@ -324,6 +325,7 @@ def to_result(body: bytes, limits: Limits) -> SandboxResult:
             problem = reply.get("message") or run.get("stderr") or "no message"
             raise _Retry(f"the service failed: {clip(str(problem), 300)}")
         seconds = float(run.get("execution_time") or 0.0)
+        seconds = seconds if 0 <= seconds < math.inf else 0.0
         stdout, stderr = run.get("stdout") or "", run.get("stderr") or ""
         text = (stdout + stderr).encode("utf-8", "backslashreplace").decode()
         status, note = _judge(run["status"], run.get("return_code"), stderr, limits)
