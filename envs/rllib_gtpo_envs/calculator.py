@@ -41,7 +41,9 @@ from rllib_gtpo.types import Message, Observation, Task, ToolError, ToolResult, 
 from rllib_gtpo_envs.chains import (
     check_chain_knobs,
     count_operations,
+    demonstrated_steps,
     first_step,
+    guesses,
     random_chain,
     result_of,
 )
@@ -153,30 +155,23 @@ class Calculator(PythonToolEnv, ScriptedEnv):
 
     def demonstrate(self, task: Task, behaviour: str, rng: random.Random) -> list[Message]:
         """A demonstration of a named behaviour: what the model says and what it is answered."""
-        left, answer = str(task["question"]), str(task["answer"])
-        operations = count_operations(left)
-        if behaviour == "guess" or (behaviour == "stop_early" and operations == 1):
+        chain, answer = str(task["question"]), str(task["answer"])
+        if guesses(chain, behaviour):
             return [assistant(wrong_number(answer, rng))]
-        steps = rng.randint(1, operations - 1) if behaviour == "stop_early" else operations
-        slip_at = rng.randrange(operations)
         messages: list[Message] = []
-        value = ""
-        for number in range(steps):
-            step = first_step(left)
-            assert step is not None, left
-            first, operator, second, _ = step
-            if number == slip_at and behaviour in ("retry", "ignore_error"):
-                messages.append(assistant(self.call(f"print(x{operator}{second})")))
-                messages.append(answered(_feedback("NameError: name 'x' is not defined", left)[1]))
-                if behaviour == "ignore_error":
+        for step in demonstrated_steps(chain, behaviour, rng):
+            if step.slip in ("retry", "ignore_error"):
+                slip, error = f"print(x{step.operator}{step.second})", "name 'x' is not defined"
+                messages.append(assistant(self.call(slip)))
+                messages.append(answered(_feedback(f"NameError: {error}", step.chain)[1]))
+                if step.slip == "ignore_error":
                     return [*messages, assistant(wrong_number(answer, rng))]
-            code = f"print({first}{operator}{second})"
-            if number == slip_at and behaviour == "malformed":
+            code = f"print({step.first}{step.operator}{step.second})"
+            if step.slip == "malformed":
                 messages += self.unclosed(code)
-            value = str(result_of(int(first), operator, int(second)))
-            left, content = _feedback(value, left)
-            messages += [assistant(self.call(code)), answered(content)]
-        return [*messages, assistant(value)]
+            shown = _feedback(step.value, step.chain)[1]
+            messages += [assistant(self.call(code)), answered(shown)]
+        return [*messages, assistant(step.value)]
 
 
 def _feedback(output: str, left: str) -> tuple[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import re
-from typing import Protocol
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 from rllib_gtpo.errors import ConfigError
 from rllib_gtpo_envs.common import check_range, check_whole
@@ -62,6 +63,41 @@ def first_step(chain: str) -> tuple[str, str, str, str] | None:
 def count_operations(chain: str) -> int:
     """How many steps the chain takes."""
     return len(_OPERATOR.findall(chain))
+
+
+class DemonstratedStep(NamedTuple):
+    """One step of a demonstration, and the slip before it: a behaviour's name, or None."""
+
+    number: int
+    first: str
+    operator: str
+    second: str
+    value: str
+    chain: str  # what is left before the step
+    slip: str | None
+
+
+def guesses(chain: str, behaviour: str) -> bool:
+    """Whether a demonstration answers at once; a single step leaves nothing to stop early at."""
+    return behaviour == "guess" or (behaviour == "stop_early" and count_operations(chain) == 1)
+
+
+def demonstrated_steps(
+    chain: str, behaviour: str, rng: random.Random
+) -> Iterator[DemonstratedStep]:
+    """The steps that a demonstration takes, one of them with the slip that its behaviour makes."""
+    operations = count_operations(chain)
+    steps = rng.randint(1, operations - 1) if behaviour == "stop_early" else operations
+    slip_at = rng.randrange(operations)
+    slips = behaviour in ("retry", "ignore_error", "malformed")
+    for number in range(steps):
+        step = first_step(chain)
+        assert step is not None, chain
+        first, operator, second, rest = step
+        value = str(result_of(int(first), operator, int(second)))
+        slip = behaviour if slips and number == slip_at else None
+        yield DemonstratedStep(number, first, operator, second, value, chain, slip)
+        chain = value + rest
 
 
 def result_of(first: int, operator: str, second: int) -> int:

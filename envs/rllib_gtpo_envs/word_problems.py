@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from rllib_gtpo.types import Message, Task
-from rllib_gtpo_envs.chains import count_operations, first_step, random_chain, result_of
+from rllib_gtpo_envs.chains import demonstrated_steps, guesses, random_chain
 from rllib_gtpo_envs.common import UNCLOSED, answered, assistant, distinct_tasks, wrong_number
 
 DEMONSTRATIONS = {
@@ -125,31 +125,23 @@ def demonstrate(
     session: Whether a call sees the variables of those before it.
     call, unclosed: How a call is written, and one without its end with what is answered to it.
     """
-    left, answer = str(task["chain"]), str(task["answer"])
-    operations = count_operations(left)
-    if behaviour == "guess" or (behaviour == "stop_early" and operations == 1):
+    chain, answer = str(task["chain"]), str(task["answer"])
+    if guesses(chain, behaviour):
         return [_boxed(wrong_number(answer, rng))]
-    steps = rng.randint(1, operations - 1) if behaviour == "stop_early" else operations
-    slip_at = rng.randrange(operations)
     messages: list[Message] = []
-    value = ""
-    for number in range(steps):
-        step = first_step(left)
-        assert step is not None, left
-        first, operator, second, rest = step
-        what = f"{operator}{second}\nprint({RESULTS[number]})"
-        if number == slip_at and behaviour in ("retry", "ignore_error"):
-            messages += [assistant(call(f"{RESULTS[number]}=z{what}")), answered(NO_NAME)]
-            if behaviour == "ignore_error":
+    for step in demonstrated_steps(chain, behaviour, rng):
+        result = RESULTS[step.number]
+        what = f"{step.operator}{step.second}\nprint({result})"
+        if step.slip in ("retry", "ignore_error"):
+            messages += [assistant(call(f"{result}=z{what}")), answered(NO_NAME)]
+            if step.slip == "ignore_error":
                 return [*messages, _boxed(wrong_number(answer, rng))]
-        known = RESULTS[number - 1] if session and number else first
-        code = f"{RESULTS[number]}={known}{what}"
-        if number == slip_at and behaviour == "malformed":
+        known = RESULTS[step.number - 1] if session and step.number else step.first
+        code = f"{result}={known}{what}"
+        if step.slip == "malformed":
             messages += unclosed(code)
-        value = str(result_of(int(first), operator, int(second)))
-        left = value + rest
-        messages += [assistant(call(code)), answered(value)]
-    return [*messages, _boxed(value)]
+        messages += [assistant(call(code)), answered(step.value)]
+    return [*messages, _boxed(step.value)]
 
 
 def _boxed(answer: str) -> Message:
