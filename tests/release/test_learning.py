@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -20,6 +21,12 @@ from rllib_gtpo.rewards.shaping import Shaping
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "release" / "results"
+PINNED = {
+    "chain": "fd28cb02291cb663",
+    "lookup": "3d0746d8e02b4b6b",
+    "repair": "c6ba6deea7bc3b34",
+    "short_chain": "6390241e1330122a",
+}
 
 
 class TestIntervals:
@@ -90,6 +97,15 @@ class TestPlan:
                     config.update_from_dict(dict(settings))
                     config.validate()
                     assert config.lr == study.TASKS[task].training["lr"], (name, arm)
+
+    @pytest.mark.parametrize("name", PINNED)
+    def test_tasks_are_those_of_the_records(self, name):
+        """Whoever changes a task on purpose runs its study again, and pins it anew."""
+        task = study.TASKS[name]
+        env = task.env({**task.env_config, "train": 50, "seed": 0})
+        rows = list(env.tasks("train"))
+        told = [[env.prompt(row), list(env.expert(row))] for row in rows]
+        assert hashlib.sha256(json.dumps([rows, told]).encode()).hexdigest()[:16] == PINNED[name]
 
     def test_the_same_run_in_two_studies_is_made_once(self):
         credit, normalize = study.STUDIES["credit"], study.STUDIES["normalize"]
