@@ -21,6 +21,7 @@ _UNITS = {
 _ALIAS = {a: unit for unit, names in _UNITS.items() for a in (unit, *names.split())}
 _SCALE = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _GLUE = ("per", "of", "in", "a", "an", "each", "the")
+MAX_WORDS = 16  # of a unit; the search for its begin takes time quadratic in them
 _UNIT = re.compile(r"([A-Za-z]+|[°%¢€£¤])(?:\^\{(-?\d)\}|([23]))?")
 _ATTACHED = re.compile(r"(.*[\d}\)])((?:[A-Za-z]{2,}|[°%¢€£])[A-Za-z/*^{}\d]*)", re.DOTALL)
 _CONSTANT = re.compile(r"(?:\\(?:sqrt|frac|pi)|[\d{}()\[\]+\-*/.,:^ !])+", re.ASCII)
@@ -85,7 +86,8 @@ def split_unit(text: str) -> tuple[str, str]:
         return sign + text[len(sign) + 1 :], text[len(sign)]
     words = text.split(" ")
     count = len(words)
-    while count > 1 and unit_of(" ".join(words[count - 1 :])) is not None:
+    least = max(1, count - MAX_WORDS)
+    while count > least and unit_of(" ".join(words[count - 1 :])) is not None:
         count -= 1
     value, unit = " ".join(words[:count]), " ".join(words[count:])
     match = _ATTACHED.fullmatch(value)
