@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
 
-from results import Report
+from release.results import Report
 
 try:
     from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
