@@ -107,7 +107,7 @@ def is_prose(text: str) -> bool:
     """Whether the spelled `text` is words rather than a formula."""
     bare = re.sub(r"\\[A-Za-z]+", " ", text)
     longest = max((len(w) for w in re.findall(r"[A-Za-zÀ-￿]+", bare)), default=0)
-    pure = re.fullmatch(r"[^\W\d_]+(?:[ '.;:!?-]+[^\W\d_]*)*", text) is not None
+    pure = re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[ '.;:!?-])*", text) is not None
     return longest >= 4 or (longest >= 3 and pure) or bool(re.search(r"[^\x00-\x7f°¤€£¢]", bare))
 
 
