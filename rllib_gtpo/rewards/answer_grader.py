@@ -28,6 +28,7 @@ NEAR = sympy.Float(10) ** -20  # relative difference of values that are equal
 TINY = sympy.Float(10) ** -25  # below it a sum may be the rounding error of zero
 NEEDED = 2  # points at which formulas with variables must have values that can be compared
 POINTS = 8
+_INFINITE = (sympy.nan, sympy.zoo, sympy.oo, -sympy.oo)
 
 
 def main(nonce: str, pairs: list[tuple[str, str, str]]) -> None:
@@ -124,7 +125,8 @@ def value(formula: Any, point: dict[Any, Any], digits: int = DIGITS) -> Any:
             number = sympy.N(prepare(formula.subs(point)), digits)
         except (ValueError, TypeError, NotImplementedError, ArithmeticError):
             continue
-        if number.is_number and not number.has(sympy.nan, sympy.zoo, sympy.oo):
+        infinite = number.is_finite is False or number.has(*_INFINITE)
+        if number.is_number and not infinite:
             real, imaginary = number.as_real_imag()
             small = abs(imaginary) <= TINY * max(1, abs(real))
             return real if small else real + sympy.I * imaginary

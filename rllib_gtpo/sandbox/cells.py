@@ -46,6 +46,14 @@ def queued_time(pid: int, threads: str = "") -> float:
     return longest
 
 
+def has_threads(pid: int) -> bool:
+    """Whether the process has more than one."""
+    try:
+        return os.stat(f"/proc/{pid}/task").st_nlink > 3
+    except OSError:
+        return False
+
+
 class Job:
     """One piece of code to run, and the future that receives its result."""
 
@@ -86,6 +94,7 @@ class Cell:
         self.verdict: tuple[Status, str] | None = None  # why the host killed it
         self.timer = False
         self.ran = False  # a session's: has finished a cell, so that names may be lost
+        self.idle_from = 0.0  # CPU time at the end of its last cell
 
 
 class SessionState:

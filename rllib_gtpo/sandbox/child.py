@@ -58,6 +58,9 @@ def _enter(out: int, scratch: str) -> None:
     os.setsid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    nothing = os.open("/dev/null", os.O_RDONLY)  # the zygote's own would be one for all
+    os.dup2(nothing, 0)
+    os.close(nothing)
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.stdout = sys.__stdout__ = _stream(1)  # type: ignore[assignment,misc]
@@ -77,15 +80,24 @@ def _stream(fd: int) -> TextIO:
     return open(fd, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
+def set_limit(kind: int, value: int, hard: int | None = None) -> int:
+    """Set a resource limit, or as much of it as this process was left; returns the soft one."""
+    most = resource.getrlimit(kind)[1]
+    hard = value if hard is None else hard
+    if most != resource.RLIM_INFINITY:
+        value = min(value, most)
+        hard = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    resource.setrlimit(kind, (value, hard))
+    return value
+
+
 def _limit(limits: dict[str, Any]) -> int:
     """Set the resource limits; returns the address space that the code may reach.
 
     The size of a file and of a core dump are the zygote's own limits, which are inherited.
     """
-    memory: int = limits["address_space"]
-    resource.setrlimit(resource.RLIMIT_AS, (memory + RESERVE, memory + RESERVE))
-    files = int(limits["open_files"])
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    memory = set_limit(resource.RLIMIT_AS, limits["address_space"] + RESERVE) - RESERVE
+    set_limit(resource.RLIMIT_NOFILE, int(limits["open_files"]))
     _limit_cpu(limits["cpu_seconds"])
     return memory
 
@@ -94,7 +106,7 @@ def _limit_cpu(seconds: float) -> None:
     """Let the kernel end what the host should have ended by its own, finer, clock."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(usage.ru_utime + usage.ru_stime + seconds) + 2
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+    set_limit(resource.RLIMIT_CPU, soft, resource.RLIM_INFINITY)
 
 
 def _read(fd: int) -> str:

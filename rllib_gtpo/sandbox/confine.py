@@ -14,6 +14,7 @@ import signal
 from typing import Any
 
 from . import identity, landlock, namespaces, roots, seccomp, sweep
+from .child import set_limit
 
 NO_FILTER = (
     "seccomp filters are not available here (there is one for Linux on x86-64), so nothing can be "
@@ -63,6 +64,11 @@ class Confinement:
             self.namespaces = True
             if self.rung == "landlock":
                 self.rung = "namespaces"
+
+    @property
+    def users(self) -> int:
+        """How many slots can be open at one time, so that no two have the same user."""
+        return identity.USERS if self.first_user else 1 << 20
 
     @property
     def sealed(self) -> bool:
@@ -125,7 +131,7 @@ class Confinement:
             ("RLIMIT_CORE", 0),
             ("RLIMIT_FSIZE", self.limits["file_mb"] * (1 << 20)),
         ):
-            resource.setrlimit(getattr(resource, name), (int(size), int(size)))
+            set_limit(getattr(resource, name), int(size))
 
     def open_slot(self, number: int) -> Slot:
         """Make an empty scratch directory that belongs to its own user.
@@ -163,8 +169,7 @@ class Confinement:
         os.chdir(slot.path)
         if self.first_user:
             identity.assume(slot.user, self.search)
-            count = self.limits["threads"]
-            resource.setrlimit(resource.RLIMIT_NPROC, (count, count))
+            set_limit(resource.RLIMIT_NPROC, int(self.limits["threads"]))
         elif self.confined:
             identity.drop_capabilities()
         # The kernel forgets this when the user changes, so it comes after that.

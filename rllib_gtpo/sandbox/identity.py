@@ -26,12 +26,17 @@ def first_user() -> int:
         return 0
     if inside + count > _LAST:
         blocks = (_LAST - _FIRST + 1) // USERS
-        first = _FIRST + os.getpid() % blocks * USERS
+        first = _FIRST + _random(blocks) * USERS
     elif count >= 8 * USERS:  # a user namespace: stay clear of the low ids and of `nobody`
-        first = inside + count - (2 + os.getpid() % 4) * USERS
+        first = inside + count - (2 + _random(4)) * USERS
     else:
         return 0
     return first if _works(first) else 0
+
+
+def _random(count: int) -> int:
+    """Below `count`; zygotes that share a machine are unlikely to draw the same."""
+    return int.from_bytes(os.urandom(4)) % count
 
 
 def _works(user: int) -> bool:

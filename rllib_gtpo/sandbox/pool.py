@@ -24,6 +24,7 @@ from rllib_gtpo.sandbox.cells import (
     Job,
     SessionState,
     cpu_time,
+    has_threads,
     judge,
     memory_file,
     queued_time,
@@ -39,6 +40,7 @@ from rllib_gtpo.sandbox.limits import (
 )
 from rllib_gtpo.sandbox.spawn import ZygoteProcess
 
+CORES = os.cpu_count() or 1  # how much faster than the clock CPU time may pass
 KILL_SECONDS = 10.0  # how long a kill may take before the zygote itself counts as stuck
 OVER_LIMIT = {  # what the zygote's watchdog reports
     b"D": (Status.DISK_LIMIT, "disk_mb", "MB of disk or too many files"),
@@ -294,17 +296,23 @@ class Pool:
             return
         job.started = time.monotonic()
         if cell.session is not None:
-            job.cpu, job.queued = cpu_time(cell.pid), queued_time(cell.pid)
+            threads = "task/*/" if cell.ran and has_threads(cell.pid) else ""
+            job.cpu, job.queued = cpu_time(cell.pid), queued_time(cell.pid, threads)
+        self._check_after(self.limits.cpu_seconds / CORES, cell)
+
+    def _check_after(self, seconds: float, cell: Cell) -> None:
         if not cell.timer:
             cell.timer = True
-            self.hub.after(self.limits.cpu_seconds, partial(self._check, cell))
+            self.hub.after(seconds, partial(self._check, cell))
 
     def _check(self, cell: Cell) -> None:
         """Kill the cell if its job has used up its time, else look again when it could have."""
         cell.timer = False
         job = cell.job
-        if job is None or cell.number not in self._cells or cell.verdict is not None:
+        if cell.number not in self._cells or cell.verdict is not None:
             return
+        if job is None:
+            return self._check_idle(cell)
         cpu = self.limits.cpu_seconds - (cpu_time(cell.pid) - job.cpu)
         wall = self.limits.wall - (time.monotonic() - job.started)
         if wall <= 0:
@@ -314,10 +322,16 @@ class Pool:
         elif wall <= 0:
             note = f"[Timed out after {self.limits.wall:g} s.]"
         else:
-            cell.timer = True
-            self.hub.after(max(min(cpu, wall), 0.02), partial(self._check, cell))
-            return
+            return self._check_after(max(min(cpu / CORES, wall), 0.02), cell)
         self._kill(cell, Status.TIMEOUT, note)
+
+    def _check_idle(self, cell: Cell) -> None:
+        """Threads that a session's cells left behind have one cell's CPU time until the next."""
+        if cell.ran:
+            left = self.limits.cpu_seconds - (cpu_time(cell.pid) - cell.idle_from)
+            if left <= 0:
+                return self._kill(cell, Status.TIMEOUT, "[Timed out between two cells.]")
+            self._check_after(max(left, 0.02), cell)
 
     def _kill(self, cell: Cell, status: Status, note: str) -> None:
         if cell.verdict is None and cell.number in self._cells and self.zygote is not None:
@@ -417,7 +431,8 @@ class Pool:
         before = ""
         if cell.session is not None:
             before, cell.session.note = cell.session.note, ""
-            cpu = max((cpu or cpu_time(cell.pid)) - job.cpu, 0.0) if cell.pid else 0.0
+            cell.idle_from = (cpu or cpu_time(cell.pid)) if cell.pid else 0.0
+            cpu = max(cell.idle_from - job.cpu, 0.0)
         wall = time.monotonic() - job.started if job.started else math.nan
         output = cell.output.take(before, note + "\n" if note else "")
         job.finish(SandboxResult(status, output, cpu, 0.0 if math.isnan(wall) else wall))

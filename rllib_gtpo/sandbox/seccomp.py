@@ -33,7 +33,7 @@ PLAIN = {
     **dict(sched_yield=24, mremap=25, msync=26, madvise=28, dup=32, dup2=33, pause=34),
     **dict(nanosleep=35, getitimer=36, alarm=37, setitimer=38, getpid=39, sendfile=40),
     **dict(recvfrom=45, recvmsg=47, shutdown=48, getsockname=51, getpeername=52, getsockopt=55),
-    **dict(exit=60, wait4=61, uname=63, flock=73, fsync=74, fdatasync=75, ftruncate=77),
+    **dict(exit=60, wait4=61, uname=63, fsync=74, fdatasync=75, ftruncate=77),
     **dict(getdents=78, getcwd=79, umask=95, gettimeofday=96, getrlimit=97, getrusage=98),
     **dict(sysinfo=99, times=100, getuid=102, getgid=104, geteuid=107, getegid=108, getppid=110),
     **dict(getpgrp=111, getgroups=115, getresuid=118, getresgid=120, getpgid=121, getsid=124),
@@ -57,9 +57,12 @@ NAMED = {
 }
 OPEN, OPENAT = 2, 257
 FCNTL_COMMANDS = (
-    *range(0, 8),  # duplicate, descriptor and status flags, record locks
-    *(36, 37, 38, 1030, 1032),  # the newer locks, duplicate, ask for a pipe's size
+    *range(0, 6),  # duplicate, descriptor and status flags, ask for a lock
+    *(36, 1030, 1032),  # the newer lock, duplicate, ask for a pipe's size
 )  # not F_SETOWN, F_SETSIG, F_SETLEASE, F_NOTIFY, F_SETPIPE_SZ
+# Taking and giving back locks: success without effect.  One process needs none, and on files that
+# others read, too, such as the library's, they would reach siblings and the host.
+FCNTL_LOCKS = (6, 7, 37, 38)
 IOCTLS = (
     0x5401,
     0x5413,
@@ -72,8 +75,9 @@ PRCTLS = (15, 16, 0x53564D41)  # names of threads and of mappings
 XATTRS = range(188, 200)  # EOPNOTSUPP, which is how the standard library expects a refusal
 # chmod, utime and their kin: success without effect, because `shutil.copy` calls them on its own
 # files, and Landlock does not mediate them, so that they cannot be allowed for own files alone.
-PRETENDED = (90, 91, 132, 235, 261, 268, 280, 452)
-O_ACCMODE, O_TRUNC = 3, 0o1000
+# flock (73): see FCNTL_LOCKS.
+PRETENDED = (73, 90, 91, 132, 235, 261, 268, 280, 452)
+O_ACCMODE, O_TRUNC, O_TMPFILE = 3, 0o1000, 0o20000000
 _THREAD = 0x00010900  # CLONE_VM | CLONE_SIGHAND | CLONE_THREAD: must all be set
 # Must not be set: an exit signal, CLONE_VFORK, PTRACE, PARENT, UNTRACED, IO and every CLONE_NEW*.
 _NOT_THREAD = 0x000000FF | 0xFE82E000
@@ -102,8 +106,12 @@ def _open(index: int) -> list[Instruction]:
     """Allow the flags in argument `index` unless they truncate what is not opened for writing.
 
     Landlock before its third version does not see that, nor access mode 3, which is neither.
+    Nor a file that never has a name, which would count towards no limit.
     """
     return [
+        (_LOAD, 0, 0, _argument(index)),
+        (_AND, 0, 0, O_TMPFILE),
+        (_JUMP_EQUAL, 0, 6, 0),
         (_LOAD, 0, 0, _argument(index)),
         (_AND, 0, 0, O_ACCMODE | O_TRUNC),
         (_JUMP_EQUAL, 3, 0, O_TRUNC),
@@ -112,6 +120,17 @@ def _open(index: int) -> list[Instruction]:
         _result(ALLOW),
         _result(ERRNO | EPERM),
     ]
+
+
+def _fcntl() -> list[Instruction]:
+    """Allow what is harmless, pretend locks."""
+    allowed, locks = len(FCNTL_COMMANDS), len(FCNTL_LOCKS)
+    tests = [
+        (_JUMP_EQUAL, allowed + locks - n + 1, 0, value) for n, value in enumerate(FCNTL_COMMANDS)
+    ]
+    tests += [(_JUMP_EQUAL, locks - n, 0, value) for n, value in enumerate(FCNTL_LOCKS)]
+    ends = [_result(ERRNO | EPERM), _result(ERRNO), _result(ALLOW)]
+    return [(_LOAD, 0, 0, _argument(1)), *tests, *ends]
 
 
 _PIPE2 = [  # without O_NOTIFICATION_PIPE
@@ -156,7 +175,7 @@ def rules(sealed: bool) -> dict[int, list[Instruction]]:
         53: _SOCKETPAIR,
         56: _CLONE,
         62: _one_of(0, (PID,)),  # kill
-        72: _one_of(1, FCNTL_COMMANDS),
+        72: _fcntl(),
         157: _one_of(0, PRCTLS),
         293: _PIPE2,
         234: _one_of(0, (PID,)),  # tgkill

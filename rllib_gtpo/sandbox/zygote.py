@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import errno
 import gc
 import importlib
 import json
@@ -155,7 +156,13 @@ class Zygote:
 
     def open_slot(self) -> Any:
         """A slot with a number, and so a user, that no other has now."""
+        users = self.confinement.users
+        taken = {slot.number % users for slot in (*self.slots.values(), *self.free)}
+        if len(taken) >= users:
+            raise OSError(errno.EAGAIN, "no user is free")
         self.slot_count += 1
+        while self.slot_count % users in taken:
+            self.slot_count += 1
         return self.confinement.open_slot(self.slot_count)
 
     def over_limit(self) -> None:
@@ -276,7 +283,7 @@ def load(home: str) -> Any:
 def main() -> None:
     """Prepare the interpreter, say so, and serve."""
     config = json.loads(sys.argv[1])
-    sys.argv = [""]
+    sys.argv = sys.orig_argv = [""]
     modules = load(config["home"])
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: daemonised descendants come here
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:

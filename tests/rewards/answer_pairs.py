@@ -260,6 +260,15 @@ EQUAL = [
 ]  # fmt: skip
 
 DIFFERENT = [
+    # Infinity is no number that others are near to.
+    (r"-\infty", "3"),
+    (r"-2\infty", r"\sqrt{2}"),
+    (r"x-\infty", "x+1"),
+    (r"\min(1,-\infty)", "5"),
+    (r"\sum_{n=1}^{\infty}-n", "3"),
+    (r"(-\infty,-\infty)", "(1,2)"),
+    (r"\infty", r"-\infty"),
+    (r"\mathbb{R}", "x>3"),
     # Numbers.
     ("12", "1.2"),
     ("1 2", "12"),

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import fcntl
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +23,7 @@ from rllib_gtpo.sandbox.child import INLINE
 from rllib_gtpo.sandbox.guarantees import NAMES
 from rllib_gtpo.sandbox.output import Output, clip
 from rllib_gtpo.sandbox.sweep import sweep
+from rllib_gtpo.sandbox.zygote import Zygote
 
 LIMITS = Limits(cpu_seconds=0.5, wall_seconds=1.5, memory_mb=128, output_chars=1000, file_mb=1)
 
@@ -650,6 +654,56 @@ def test_preload_is_imported_once(tmp_path):
 def test_the_host_package_is_out_of_reach(sandbox):
     assert "No module named 'rllib_gtpo'" in sandbox.run("import rllib_gtpo").output
     assert "No module named 'child'" in sandbox.run("import child").output
+
+
+def test_locks_reach_neither_siblings_nor_the_host(sandbox):
+    lock = """
+        import fcntl, os
+        f = open(os.__file__)
+        fcntl.flock(f, fcntl.LOCK_EX)
+        fcntl.lockf(f, fcntl.LOCK_SH)
+        print("has")
+    """
+    with sandbox.session() as one, open(os.__file__) as file:
+        assert (
+            one.run(textwrap.dedent(lock)).output == "has\n"
+        )  # programs that lock their own files go on
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        inode = str(os.fstat(file.fileno()).st_ino)
+        assert Path("/proc/locks").read_text().count(f":{inode} ") == 1
+
+
+def test_what_a_session_leaves_running_has_one_cells_time(sandbox):
+    spin = "def spin():\n    while True: pass\nimport threading\n"
+    with sandbox.session() as cell:
+        assert cell.run(spin + "threading.Thread(target=spin, daemon=True).start()").status == "ok"
+        assert eventually(lambda: not any(c.session for c in sandbox._pool._cells.values()))
+        assert cell.run("print(1)").output.startswith("[The session was restarted")
+        assert cell.restarts == 1
+
+
+def test_standard_input_is_nobody_elses(sandbox):
+    code = "import os; print(os.get_blocking(0)); os.set_blocking(0, False)"
+    assert [sandbox.run(code).output for _ in range(2)] == ["True\n", "True\n"]
+
+
+def test_no_two_open_slots_have_one_user():
+    slot = lambda number: SimpleNamespace(number=number)  # noqa: E731
+    zygote = Zygote.__new__(Zygote)
+    zygote.confinement = SimpleNamespace(users=4, open_slot=slot)
+    zygote.slots, zygote.free, zygote.slot_count = {7: slot(1), 8: slot(6)}, [slot(3)], 8
+    assert zygote.open_slot().number % 4 == 0
+    zygote.slots[9] = slot(12)
+    with pytest.raises(OSError, match="no user is free"):
+        zygote.open_slot()
+
+
+@pytest.mark.parametrize("limit", ["-n 200", "-f 2000", "-v 2000000"])
+def test_it_starts_where_the_host_has_little(limit):
+    code = "from rllib_gtpo.sandbox import PythonSandbox as P; print(P().run('print(7)').output)"
+    shell = f"ulimit {limit}; exec {sys.executable} -c {shlex.quote(code)}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert done.stdout == "7\n\n", done.stderr
 
 
 def test_guarantees_are_honest(sandbox, unconfined):
