@@ -20,6 +20,7 @@ _MATHS = re.compile(r"\$([^$\n]+)\$")
 _NUMBER = re.compile(
     r"-?\\d?frac\{-?[\d.]+\}\{[\d.]+\}|-?\\?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?(?:\\?%)?"
 )
+_EDGES = re.compile(r"\A[\s*]+|[\s*]+\Z")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -71,7 +72,7 @@ def _last_box(text: str) -> str | None:
 
 def _trim(rest: str) -> str:
     """The answer in the line after a marker: up to the sentence's end, or its only formula."""
-    sentence = re.split(r"\.(?:\s|$)", rest, maxsplit=1)[0].strip(" *")
+    sentence = _EDGES.sub("", re.split(r"\.(?:\s|$)", rest, maxsplit=1)[0])
     formulas = _MATHS.findall(sentence)
     if len(formulas) == 1 and _WORD.search(_MATHS.sub("", sentence)):
         return str(formulas[0]).strip()

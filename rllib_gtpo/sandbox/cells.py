@@ -96,6 +96,11 @@ class Cell:
         self.ran = False  # a session's: has finished a cell, so that names may be lost
         self.idle_from = 0.0  # CPU time at the end of its last cell
 
+    @property
+    def idle(self) -> bool:
+        """Whether a session's next cell can go to it; not if it is dying."""
+        return self.job is None and self.socket is not None and self.verdict is None
+
 
 class SessionState:
     """A session across the deaths of its processes.  Cells run one after the other."""

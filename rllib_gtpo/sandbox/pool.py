@@ -132,7 +132,16 @@ class Pool:
         self.hub.stop()
 
     def _crash(self, error: BaseException) -> None:
-        self.close(f"The sandbox's own thread failed: {type(error).__name__}: {error}")
+        reason = f"The sandbox's own thread failed: {type(error).__name__}: {error}"
+        for cell in self._cells.values():  # first, since what failed may fail again
+            jobs = [cell.job] if cell.job is not None else []
+            if cell.session is not None:
+                jobs += cell.session.jobs
+                cell.session.jobs.clear()
+            for job in jobs:
+                job.fail(reason)
+            cell.job = None
+        self.close(reason)
 
     # The zygote.
 
@@ -220,7 +229,7 @@ class Pool:
                 job.fail(self._explain(error))
 
     def _next_cell(self, session: SessionState) -> None:
-        while session.jobs and (session.cell is None or session.cell.job is None):
+        while session.jobs and (session.cell is None or session.cell.idle):
             job = session.jobs.popleft()
             if job.future.cancelled():
                 continue

@@ -361,6 +361,30 @@ def test_a_session_that_dies_between_cells_says_so(sandbox):
         assert cell.run("print(1)").output.startswith("[The session was restarted")
 
 
+def test_the_next_cell_may_come_while_the_process_is_dying(sandbox):
+    with sandbox.session() as cell:
+        for moment in range(60):
+            cell.run(
+                "import os, threading, time\n"
+                f"def leave():\n    time.sleep({moment % 20 * 2e-4}); os._exit(0)\n"
+                "threading.Thread(target=leave).start()"
+            )
+            after = cell.run("print(1)")
+            assert after.status in (Status.OK, Status.ERROR)
+    assert sandbox.run("print(2)").output == "2\n"
+
+
+def test_a_crash_of_our_own_thread_is_told_to_all_that_wait(own):
+    with own.session() as cell:
+        cell.run("1")
+        timer = threading.Timer(0.2, own._pool.hub.post, [lambda: 1 / 0])
+        timer.start()
+        with pytest.raises(SandboxUnavailable, match="own thread failed: ZeroDivisionError"):
+            cell.run("import time; time.sleep(60)")
+        with pytest.raises(SandboxUnavailable, match="ZeroDivisionError"):
+            own.run("1")
+
+
 def test_closed_session_refuses(sandbox):
     cell = sandbox.session()
     pid = int(cell.run("import os; print(os.getpid())").output)
