@@ -81,6 +81,8 @@ class Soak:
         try:
             run()
         except Exception as error:  # `last` is the smallest case: shrinking ends with it
+            # What did not fail again has its cause inside.
+            error = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
             self._keep(f"{type(error).__name__}: {error}".split("\n", 1)[0][:300], last[0])
 
     def _keep(self, problem: str, case: Any) -> None:
