@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 
 from rllib_gtpo import ToolEnv
@@ -102,9 +103,9 @@ class Stepwise(ToolEnv):
         return {"step": STEP_REWARD if right else 0.0}
 
     @staticmethod
+    @abstractmethod
     def judged(trajectory: Trajectory) -> list[bool]:
         """Which turns were right."""
-        raise NotImplementedError
 
 
 class StepwiseChain(Stepwise, Calculator):

@@ -32,7 +32,7 @@ def sandbox():
 def plain(request, tmp_path_factory):
     """{name: (exit code, output)} of `python FILE`, in the sandbox's environment, as `<cell>`.
 
-    Of the programs that this session compares.
+    Of the programs that are compared now.
     """
 
     def run(name):
