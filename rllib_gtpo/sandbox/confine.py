@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import os
 import resource
-import signal
 from typing import Any
 
 from . import identity, landlock, namespaces, roots, seccomp, sweep
@@ -21,7 +20,7 @@ NO_FILTER = (
     "confined. Run the code elsewhere with a remote backend (rllib_gtpo.sandbox.remote), or accept "
     "a sandbox that only sets resource limits with allow_degraded=True."
 )
-_SET_DUMPABLE, _SET_DEATH_SIGNAL = 4, 1
+_SET_DUMPABLE = 4
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -172,10 +171,7 @@ class Confinement:
             set_limit(resource.RLIMIT_NPROC, int(self.limits["threads"]))
         elif self.confined:
             identity.drop_capabilities()
-        # The kernel forgets this when the user changes, so it comes after that.
-        _libc.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != self._zygote:
-            raise OSError("the zygote is gone")
+        identity.die_with(self._zygote)
         if slot.ruleset >= 0:
             landlock.restrict(slot.ruleset)
 

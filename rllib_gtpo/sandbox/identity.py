@@ -11,7 +11,7 @@ from collections.abc import Iterable
 USERS = 4096  # how many of them one zygote uses
 _FIRST, _LAST = 0x70000000, 0x7FFFFFFF  # users that no system and no container tool hands out
 _READ_SEARCH = 1 << 2  # CAP_DAC_READ_SEARCH
-_KEEP_CAPABILITIES = 8
+_KEEP_CAPABILITIES, _SET_DEATH_SIGNAL = 8, 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -42,10 +42,12 @@ def _random(count: int) -> int:
 def _works(user: int) -> bool:
     """Whether a child can become `user` and still be killed from here."""
     read, write = os.pipe()
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
             assume(user, False)
+            die_with(parent)
             os.write(write, b".")
             signal.pause()
         finally:
@@ -63,6 +65,17 @@ def _works(user: int) -> bool:
         os.close(read)
     _, status = os.waitpid(pid, 0)
     return bool(became) and os.WIFSIGNALED(status)
+
+
+def die_with(parent: int) -> None:
+    """End this process with the one that forked it; forgotten when the user changes.
+
+    Raises:
+        OSError: That one has ended already.
+    """
+    _libc.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        raise OSError("the parent process is gone")
 
 
 def needs_search(paths: Iterable[str]) -> bool:

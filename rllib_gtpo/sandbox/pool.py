@@ -53,11 +53,20 @@ class Pool:
     """See the module.  Other threads reach these methods only through `hub.post`."""
 
     def __init__(
-        self, limits: Limits, workers: int, preload: Sequence[str], layers: str, degraded: bool
+        self,
+        limits: Limits,
+        workers: int,
+        preload: Sequence[str],
+        patience: float,
+        layers: str,
+        degraded: bool,
     ) -> None:
-        """Start the hub; the zygote starts with the first `start` or job."""
+        """Start the hub; the zygote starts with the first `start` or job.
+
+        It may say nothing for `patience` seconds, at its start or later, while it should fork.
+        """
         self.limits, self.workers, self.preload = limits, workers, tuple(preload)
-        self.layers, self.degraded = layers, degraded
+        self.patience, self.layers, self.degraded = patience, layers, degraded
         self.restarts = 0  # zygotes lost and replaced
         self.reruns = 0  # runs that such a loss ended and that ran again
         self.closed = ""  # why nothing runs any more
@@ -67,6 +76,7 @@ class Pool:
         self._numbers = itertools.count(1)
         self._waiting: deque[Job] = deque()  # fresh runs beyond `workers`
         self._fresh = 0
+        self._listening = False
         self._ready: list[Future[dict[str, Any]]] = []
         self.hub = Hub(lambda error: self._crash(error))
 
@@ -159,7 +169,22 @@ class Pool:
             )
             self.restarts += self._started
             self._started = True
+        if not self._listening:
+            self._listening = True
+            self.hub.after(self.patience, self._listen)
         return self.zygote
+
+    def _listen(self) -> None:
+        """Replace a zygote that has something to do and says nothing."""
+        self._listening = False
+        zygote = self.zygote
+        if zygote is None or all(cell.pid for cell in self._cells.values()):
+            return
+        left = zygote.heard + self.patience - time.monotonic()
+        if left <= 0:
+            return zygote.kill(f"it said nothing for {self.patience:g} s", wait=0.0)
+        self._listening = True
+        self.hub.after(left, self._listen)
 
     def _zygote_ready(self, problem: str) -> None:
         for future in self._ready:

@@ -171,7 +171,7 @@ class PythonSandbox(_Runner):
         workers = workers or os.cpu_count() or 1
         self.limits = limits or Limits()
         self._pid = os.getpid()
-        self._pool = Pool(self.limits, workers, preload, layers, allow_degraded)
+        self._pool = Pool(self.limits, workers, preload, start_timeout, layers, allow_degraded)
         self._finalizer = weakref.finalize(self, _close, self._pool, self._pid)
         ready: Future[dict[str, Any]] = Future()
         self._post(partial(self._pool.start, ready))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from rllib_gtpo.sandbox.zygote import EVENT, REQUEST
 
 HERE = Path(__file__).parent
 IN_FLIGHT = 64  # forks asked for and not yet done: bounds descriptors in transit
+ENDED = "it ended while starting (is a preloaded module broken?)"
 
 
 def module_path() -> list[str]:
@@ -76,6 +78,7 @@ class ZygoteProcess:
         self._hub, self._on_event = hub, on_event
         self._on_ready, self._on_death = on_ready, on_death
         self._ready = self._blocked = self.dead = False
+        self.heard = time.monotonic()  # when it last reported anything
         self._outbox: deque[tuple[bytes, list[int]]] = deque()
         self._in_flight = 0
         self.facts: dict[str, Any] = {}  # see `confine.Confinement.facts`; known when it is ready
@@ -114,7 +117,10 @@ class ZygoteProcess:
             theirs.close()
         ours.setblocking(False)
         self._socket = ours
+        # What it forked a moment ago may hold the other end open after its death.
+        self._process_fd = os.pidfd_open(self._process.pid)
         hub.watch(ours.fileno(), self._readable)
+        hub.watch(self._process_fd, self._exited)
 
     @property
     def pid(self) -> int:
@@ -164,8 +170,9 @@ class ZygoteProcess:
                 break
             except OSError:
                 data = b""
+            self.heard = time.monotonic()
             if not data:
-                self.kill("it ended while starting (is a preloaded module broken?)")
+                self.kill(ENDED)
             elif data[:1] == b"!":
                 self.kill(data[1:].decode(errors="replace"))
             elif data[:1] == b"R":
@@ -177,6 +184,10 @@ class ZygoteProcess:
                 self._in_flight -= op in b"PE"
                 self._on_event(op, cell, number, seconds)
         self._flush()
+
+    def _exited(self) -> None:
+        self._readable()  # its last words
+        self.kill(ENDED)
 
     def kill(self, problem: str = "it was closed", wait: float = 2.0) -> None:
         """End it and everything that it forked, and remove its files.
@@ -190,6 +201,8 @@ class ZygoteProcess:
         with contextlib.suppress(OSError):  # its signal to kill, tidy up and leave, also if a
             self._socket.shutdown(socket.SHUT_RDWR)  # forked host has a copy of the socket
         self._socket.close()
+        self._hub.unwatch(self._process_fd)
+        os.close(self._process_fd)
         try:
             self._process.wait(wait)
         except subprocess.TimeoutExpired:

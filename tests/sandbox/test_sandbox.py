@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,9 +171,9 @@ def test_time_for_every_cell_anew(sandbox):
 
 
 def test_head_and_tail_of_long_output_are_kept(sandbox):
-    result = sandbox.run("for i in range(200_000): print(i)")
+    result = sandbox.run("for i in range(20_000): print(i)")
     assert result.status is Status.OK
-    assert result.output.startswith("0\n1\n2\n") and result.output.endswith("199998\n199999\n")
+    assert result.output.startswith("0\n1\n2\n") and result.output.endswith("19998\n19999\n")
     assert "bytes omitted" in result.output
     assert 900 < len(result.output) <= LIMITS.output_chars
 
@@ -565,6 +566,53 @@ def test_what_loses_two_zygotes_is_not_run_a_third_time(own):
     result = own.run("import time; time.sleep(1.2)")
     thread.join()
     assert result.status is Status.KILLED and own.reruns == 1 and own.restarts >= 1
+
+
+def test_a_zygote_lost_at_its_start_is_replaced_though_a_helper_of_it_lives(own):
+    """The helper holds a copy of its socket, so that the host sees no end of it."""
+    os.kill(zygote_pid(own), signal.SIGKILL)
+    assert eventually(lambda: own._pool.zygote is None)
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(own.run, "print(1)")
+        assert eventually(lambda: own._pool.zygote is not None)
+        pid = zygote_pid(own)
+        while not (helpers := children(pid)):
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(helpers[0], signal.SIGSTOP)
+        os.kill(pid, signal.SIGKILL)
+        try:
+            assert result.result(20).output == "1\n"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(helpers[0], signal.SIGKILL)
+    assert own.restarts == 2
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root tries to become other users")
+def test_who_tries_to_become_a_user_ends_with_the_zygote():
+    code = """
+        import os
+        from rllib_gtpo.sandbox import identity
+        read = os.read
+        def read_and_die(fd, size):
+            if read(fd, size) == b".":
+                os.kill(os.getpid(), 9)
+        identity.os.read = read_and_die
+        identity.first_user()
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE
+    )
+    assert process.communicate(timeout=20)[0] == b""  # which ends with the last that holds it
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_zygote_that_falls_silent_is_replaced():
+    with PythonSandbox(LIMITS, start_timeout=3.0) as sandbox:
+        os.kill(zygote_pid(sandbox), signal.SIGSTOP)
+        assert sandbox.run("print(1)").output == "1\n"
+        assert sandbox.restarts == 1 and sandbox.reruns == 1
 
 
 def test_a_killed_child_harms_no_other(own):
