@@ -93,8 +93,9 @@ class FencedFormat:
         """See CallFormat."""
         body, thinking = _without_thinking(text)
         parameters = {t["function"]["name"]: _first_parameter(t) for t in tools}
-        calls: list[ToolCall] = []
-        stray: ToolCall | None = None
+        found: list[tuple[ToolCall, int, int]] = []
+        stray: tuple[ToolCall, int, int] | None = None
+        end = len(body.rstrip())
         for match in self._FENCE.finditer(body):
             language, code, unclosed = (
                 match.group(1).strip(),
@@ -102,19 +103,23 @@ class FencedFormat:
                 match.group(3) is not None,
             )
             if language in parameters and not unclosed:
-                calls.append(ToolCall(language, {parameters[language]: code}, match.group(0)))
+                call = ToolCall(language, {parameters[language]: code}, match.group(0))
+                found.append((call, *match.span()))
             elif language in parameters:
-                calls.append(
-                    ToolCall(language, raw=match.group(0), error="the block is not closed with ```")
-                )
-            elif body[match.end() :].strip() == "":
+                error = "the block is not closed with ```"
+                found.append((ToolCall(language, raw=match.group(0), error=error), *match.span()))
+            elif match.end() >= end:
                 known = ", ".join(f"```{name}" for name in parameters)
                 error = f"{language!r} is not a tool; start the block with {known}"
-                stray = ToolCall(language, raw=match.group(0), error=error)
-        if not calls and stray is not None and parameters:
-            calls.append(stray)
-        for call in calls:
-            body = body.replace(call.raw, "", 1)
+                stray = (ToolCall(language, raw=match.group(0), error=error), *match.span())
+        if not found and stray is not None and parameters:
+            found.append(stray)
+        pieces, at = [], 0
+        for _, start, stop in found:
+            pieces.append(body[at:start])
+            at = stop
+        body = "".join([*pieces, body[at:]])
+        calls = [call for call, _, _ in found]
         return ParsedTurn(body.strip(), thinking, calls)
 
     def write(self, call: ToolCall) -> str:
