@@ -200,11 +200,16 @@ def test_an_unknown_format_names_the_known_ones():
 @pytest.mark.parametrize(
     "text",
     [
-        *("```\n" * 25_000, "```python\n" * 10_000, "```python\nx\n```\n" * 6_000),
+        *(
+            "\n```" * 15_000 + " " * 50_000,
+            "```\n" * 25_000,
+            "```python\n" * 10_000,
+            "```python\nx\n```\n" * 6_000,
+        ),
         *("<tool_call>" * 9_000, "<tool_call>{}</tool_call>" * 4_000, "<think>" * 14_000),
     ],
 )
 def test_parsing_takes_time_in_proportion_to_the_text(name, text):
     began = time.process_time()
     call_format(name).parse(text, [PYTHON])
-    assert time.process_time() - began < 1.0  # an hour of fuzzing found 3 s and more
+    assert time.process_time() - began < 0.5  # the first took 0.8 s once, the others 0.1 s
