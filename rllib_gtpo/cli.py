@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     actions = example.add_subparsers(dest="action", metavar="list", required=True)
     actions.add_parser("list", help="list the tuned examples").set_defaults(run=_example_list)
     _add_convert(commands)
+    _add_export(commands)
     return parser
 
 
@@ -123,6 +124,24 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=_convert)
 
 
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a checkpoint's model as a Hugging Face directory",
+        description="Write the model of a run's last checkpoint, or of a named one, with its "
+        "tokenizer, chat template, generation config and a model card, for transformers, vLLM, ...",
+    )
+    parser.add_argument("source", type=Path, metavar="RUN|CHECKPOINT")
+    parser.add_argument("target", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights"
+    )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="also upload it to this hub repository"
+    )
+    parser.set_defaults(run=_export)
+
+
 def _count(text: str) -> int:
     number = int(text)
     if number < 0:
@@ -163,6 +182,15 @@ def _convert(args: argparse.Namespace) -> int:
     from rllib_gtpo.command.convert import convert
 
     print(convert(args.source, args.target, args.kind, keep_failed=args.keep_failed))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from rllib_gtpo.command.export import export
+    from rllib_gtpo.command.quiet import silence
+
+    silence()
+    print(export(args.source, args.target, dtype=args.dtype, push_to=args.push))
     return 0
 
 

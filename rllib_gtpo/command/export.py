@@ -1,0 +1,180 @@
+"""`rllib export`: the policy of a checkpoint as a Hugging Face directory that stands alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rllib_gtpo.command.directory import RunDirectory
+from rllib_gtpo.errors import ConfigError
+
+MODULE = Path("learner_group", "learner", "rl_module", "default_policy")
+DTYPES = ("float32", "bfloat16", "float16")
+_TRAINED_WITH = (
+    *("estimator", "gamma", "group_size", "groups_per_step", "lr", "clip_low", "clip_high"),
+    *("kl_coeff", "shaping", "temperature", "max_turns", "max_turn_tokens", "max_tokens"),
+    *("call_format", "dtype", "seed"),
+)
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [reinforcement-learning, tool-use, rllib, {tag}]
+{base}---
+
+# {name}
+
+A language model that uses tools over several turns, trained with {algorithm} (rllib-gtpo).
+
+{facts}
+## How it was trained
+
+| setting | value |
+|---|---|
+{settings}
+
+Versions: {versions}.
+
+## How it is used
+
+The chat template is the one that it was trained with; it writes tool calls in the
+`{call_format}` format.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+messages = [{{"role": "user", "content": "..."}}]
+ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens={max_tokens})[0]))
+```
+"""
+
+
+def export(
+    source: Path, target: Path, *, dtype: str | None = None, push_to: str | None = None
+) -> str:
+    """Writes weights (safetensors), tokenizer, template, generation config and a model card.
+
+    `target` appears when it is complete.
+
+    Args:
+        source: A run directory (its last checkpoint) or a checkpoint.
+        target: The directory to make.
+        dtype: Of the weights; None keeps that of training.
+        push_to: A hub repository (owner/name) to upload the directory to, private if it is new.
+
+    Returns:
+        What was done, in one line.
+
+    Raises:
+        ConfigError: `source` is no checkpoint of a language model, or `target` exists.
+    """
+    if target.exists():
+        raise ConfigError(f"{target} exists: remove it, or name another directory.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}.")
+    checkpoint = _checkpoint(source)
+    config = _config(checkpoint)
+    model, codec = _model(checkpoint, dtype), config.build_codec()
+    model.generation_config.eos_token_id = list(codec.stop_token_ids)
+    model.generation_config.pad_token_id = codec.tokenizer.pad_token_id
+    unfinished = target.with_name(f"{target.name}.part-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        model.save_pretrained(unfinished)
+        codec.tokenizer.save_pretrained(unfinished)
+        card = unfinished / "README.md"
+        card.write_text(_card(target.name, checkpoint, config))
+        for file in unfinished.iterdir():  # safetensors makes files for the owner's eyes only
+            file.chmod(card.stat().st_mode)
+        os.replace(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    size = sum(file.stat().st_size for file in target.rglob("*")) / 1e6
+    what = f"{model.num_parameters():,} parameters, {size:.1f} MB"
+    done = f"exported {checkpoint} to {target} ({what})"
+    if push_to is not None:
+        done += f" and to {_push(target, push_to)}"
+    return done
+
+
+def _checkpoint(source: Path) -> Path:
+    """A checkpoint itself, or the last one of a run."""
+    if not source.is_dir():
+        raise ConfigError(f"{source}: no such directory.")
+    if (source / "rllib_checkpoint.json").is_file():
+        return source
+    _, found = RunDirectory.open(source)
+    if found is None:
+        raise ConfigError(f"{source} is a sweep: name one of the checkpoints of its trials.")
+    return found.path
+
+
+def _config(checkpoint: Path) -> Any:
+    from ray import cloudpickle
+    from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+
+    from rllib_gtpo.config import GTPOConfig
+
+    with (checkpoint / "class_and_ctor_args.pkl").open("rb") as file:
+        made = cloudpickle.load(file)
+    config = AlgorithmConfig.from_state(made["ctor_args_and_kwargs"][0][0])
+    if not isinstance(config, GTPOConfig):
+        name = made["class"].__name__
+        raise ConfigError(f"{checkpoint} is a checkpoint of {name}, which has no language model.")
+    return config
+
+
+def _model(checkpoint: Path, dtype: str | None) -> Any:
+    import torch
+    from ray.rllib.core.rl_module.rl_module import RLModule
+
+    module: Any = RLModule.from_checkpoint(str((checkpoint / MODULE).absolute()))
+    return module.model if dtype is None else module.model.to(getattr(torch, dtype))
+
+
+def _card(name: str, checkpoint: Path, config: Any) -> str:
+    source = config.language_model_source
+    is_hub_id = isinstance(source, str) and not os.path.exists(source)
+    base = f"base_model: {source}\n" if is_hub_id else ""
+    versions = ", ".join(
+        f"{package} {metadata.version(package)}"
+        for package in ("rllib-gtpo", "ray", "torch", "transformers")
+    )
+    return _CARD.format(
+        tag=config.ALGORITHM.lower(),
+        base=base,
+        name=name,
+        algorithm=config.ALGORITHM,
+        facts="".join(f"- {fact}\n" for fact in _facts(checkpoint, source)),
+        settings="\n".join(f"| {key} | {getattr(config, key)} |" for key in _TRAINED_WITH),
+        versions=versions,
+        call_format=config.call_format,
+        max_tokens=config.max_turn_tokens,
+    )
+
+
+def _facts(checkpoint: Path, source: Any) -> Iterator[str]:
+    yield f"started from {source}" if isinstance(source, str) else "made from scratch"
+    progress, record = checkpoint / "progress.json", checkpoint.parent / "run.json"
+    if progress.is_file():
+        found = json.loads(progress.read_text())
+        yield f"{found['training_iteration']} iterations in {found['time_total_s']:.0f} s"
+    accuracy = json.loads(record.read_text()).get("held_out_accuracy") if record.is_file() else None
+    if accuracy:
+        yield f"held-out accuracy {accuracy[0]:.3f} before and {accuracy[1]:.3f} after training"
+
+
+def _push(directory: Path, repository: str) -> str:
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    hub.create_repo(repository, private=True, exist_ok=True)
+    return str(hub.upload_folder(repo_id=repository, folder_path=directory))

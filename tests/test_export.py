@@ -1,0 +1,122 @@
+"""`rllib export`: the directory is complete, and its model is the policy."""
+
+import re
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from rllib_gtpo.cli import main
+from rllib_gtpo.command.export import export
+from rllib_gtpo.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def trained(ray_session, tmp_path_factory):
+    """A checkpoint after one update, and what the policy then says greedily."""
+    from rllib_gtpo import GTPOConfig
+    from tests.tasks import Adder
+
+    algorithm = (
+        GTPOConfig()
+        .environment(Adder)
+        .rollouts(max_turn_tokens=8)
+        .training(lr=1e-2, group_size=2, groups_per_step=1)
+        .reporting(progress=False)
+        .debugging(seed=0)
+        .build_algo()
+    )
+    algorithm.train()
+    checkpoint = tmp_path_factory.mktemp("run") / "checkpoint"
+    algorithm.save_to_path(str(checkpoint))
+    weights = algorithm.learner_group.get_weights()["default_policy"]
+    algorithm.stop()
+    return checkpoint, weights
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    target = tmp_path_factory.mktemp("out") / "adder"
+    assert main(["export", str(trained[0]), str(target)]) == 0
+    return target
+
+
+def load(directory: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_the_weights_are_those_of_the_checkpoint(trained, exported):
+    state = load(exported).state_dict()
+    assert {f"model.{name}" for name in state} >= set(trained[1])
+    for name, value in trained[1].items():
+        assert torch.equal(torch.as_tensor(value), state[name.removeprefix("model.")])
+
+
+def test_it_is_complete_and_others_can_read_it(exported):
+    names = {path.name for path in exported.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "README.md"} <= names
+    assert {"tokenizer.json", "chat_template.jinja"} <= names
+    assert all(path.stat().st_mode & stat.S_IROTH for path in exported.iterdir())
+    model = load(exported)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert tokenizer.decode(model.generation_config.eos_token_id) == "<|im_end|>"
+
+
+def test_the_card_says_how_it_was_trained_and_its_code_runs(exported, monkeypatch, capsys):
+    card = (exported / "README.md").read_text()
+    assert "| group_size | 2 |" in card and "made from scratch" in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(exported)
+    exec(code.group(1), {})
+    assert "<|im_start|>assistant" in capsys.readouterr().out
+
+
+def test_another_dtype(trained, tmp_path):
+    export(trained[0], tmp_path / "half", dtype="bfloat16")
+    assert load(tmp_path / "half").dtype is torch.bfloat16
+
+
+def test_pushing(trained, tmp_path, monkeypatch):
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, **options):
+            calls.append((name, options))
+
+        def upload_folder(self, *, repo_id, folder_path):
+            calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+            return f"hub/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    done = export(trained[0], tmp_path / "pushed", push_to="me/adder")
+    assert done.endswith("and to hub/me/adder")
+    assert calls[0] == ("me/adder", {"private": True, "exist_ok": True})
+    assert "model.safetensors" in calls[1][1]
+
+
+def test_refusals(trained, exported, tmp_path, capsys):
+    for source, target, message in (
+        (trained[0], exported, "exists"),
+        (tmp_path / "none", tmp_path / "x", "no such directory"),
+        (tmp_path, tmp_path / "x", "is not a run"),
+    ):
+        assert main(["export", str(source), str(target)]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="float16"):
+        export(trained[0], tmp_path / "x", dtype="int8")
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob("*.part*"))
+
+
+def test_an_algorithm_without_a_language_model(ray_session, tmp_path):
+    from ray.rllib.algorithms.ppo import PPOConfig
+
+    algorithm = PPOConfig().environment("CartPole-v1").env_runners(num_env_runners=0).build_algo()
+    algorithm.save_to_path(str(tmp_path / "ppo"))
+    algorithm.stop()
+    with pytest.raises(ConfigError, match="PPO, which has no language model"):
+        export(tmp_path / "ppo", tmp_path / "x")
