@@ -62,3 +62,24 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Frees what the engine holds; pending calls fail with EngineError."""
         ...
+
+
+def check_request(request: Request, max_context: int, vocab_size: int) -> None:
+    """Raises ValueError, which says what to change, for a request that no engine can serve."""
+    sampling, n = request.sampling, len(request.token_ids)
+    if n == 0:
+        raise ValueError("token_ids is empty: a request needs at least one token of context")
+    if n >= max_context:
+        raise ValueError(
+            f"a context of {n} tokens leaves no room to generate: shorten it below "
+            f"max_context={max_context}, or raise max_context"
+        )
+    if sampling.max_tokens < 1:
+        raise ValueError(f"max_tokens={sampling.max_tokens}: ask for at least one token")
+    if not (sampling.temperature >= 0 and 0 < sampling.top_p <= 1):
+        raise ValueError(f"{sampling}: temperature must be >= 0 and top_p in (0, 1]")
+    if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
+        raise ValueError(
+            f"token_ids reach outside the model's vocabulary of {vocab_size}: the "
+            "tokenizer belongs to another model, or the embeddings were not resized"
+        )

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from rllib_gtpo.engines.base import Request
+from rllib_gtpo.engines.base import Request, check_request
 from rllib_gtpo.engines.batch import Batch, Call, EngineStats
 from rllib_gtpo.engines.model_runner import check_model
 from rllib_gtpo.engines.sampling import compute_stream
@@ -126,23 +126,7 @@ class HFEngine:
     def _check(self, request: Request) -> None:
         if self._closed:
             raise EngineError("the engine is closed: make a new one")
-        sampling, n = request.sampling, len(request.token_ids)
-        if n == 0:
-            raise ValueError("token_ids is empty: a request needs at least one token of context")
-        if n >= self.max_context:
-            raise ValueError(
-                f"a context of {n} tokens leaves no room to generate: shorten it below "
-                f"max_context={self.max_context}, or raise max_context"
-            )
-        if sampling.max_tokens < 1:
-            raise ValueError(f"max_tokens={sampling.max_tokens}: ask for at least one token")
-        if not (sampling.temperature >= 0 and 0 < sampling.top_p <= 1):
-            raise ValueError(f"{sampling}: temperature must be >= 0 and top_p in (0, 1]")
-        if min(request.token_ids) < 0 or max(request.token_ids) >= self._vocab_size:
-            raise ValueError(
-                f"token_ids reach outside the model's vocabulary of {self._vocab_size}: the "
-                "tokenizer belongs to another model, or the embeddings were not resized"
-            )
+        check_request(request, self.max_context, self._vocab_size)
 
     def _attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Makes sure that a task left over from another event loop is not mistaken for ours."""
