@@ -609,7 +609,7 @@ def test_who_tries_to_become_a_user_ends_with_the_zygote():
 
 
 def test_a_zygote_that_falls_silent_is_replaced():
-    with PythonSandbox(LIMITS, start_timeout=3.0) as sandbox:
+    with PythonSandbox(LIMITS, start_timeout=10.0) as sandbox:
         os.kill(zygote_pid(sandbox), signal.SIGSTOP)
         assert sandbox.run("print(1)").output == "1\n"
         assert sandbox.restarts == 1 and sandbox.reruns == 1
