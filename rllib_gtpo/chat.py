@@ -93,8 +93,8 @@ class FencedFormat:
         """See CallFormat."""
         body, thinking = _without_thinking(text)
         parameters = {t["function"]["name"]: _first_parameter(t) for t in tools}
-        found: list[tuple[ToolCall, int, int]] = []
-        stray: tuple[ToolCall, int, int] | None = None
+        found: list[tuple[re.Match[str], ToolCall]] = []
+        stray: tuple[re.Match[str], ToolCall] | None = None
         end = len(body.rstrip())
         for match in self._FENCE.finditer(body):
             language, code, unclosed = (
@@ -104,23 +104,20 @@ class FencedFormat:
             )
             if language in parameters and not unclosed:
                 call = ToolCall(language, {parameters[language]: code}, match.group(0))
-                found.append((call, *match.span()))
+                found.append((match, call))
             elif language in parameters:
                 error = "the block is not closed with ```"
-                found.append((ToolCall(language, raw=match.group(0), error=error), *match.span()))
+                found.append((match, ToolCall(language, raw=match.group(0), error=error)))
             elif match.end() >= end:
                 known = ", ".join(f"```{name}" for name in parameters)
                 error = f"{language!r} is not a tool; start the block with {known}"
-                stray = (ToolCall(language, raw=match.group(0), error=error), *match.span())
+                stray = match, ToolCall(language, raw=match.group(0), error=error)
         if not found and stray is not None and parameters:
             found.append(stray)
-        pieces, at = [], 0
-        for _, start, stop in found:
-            pieces.append(body[at:start])
-            at = stop
-        body = "".join([*pieces, body[at:]])
-        calls = [call for call, _, _ in found]
-        return ParsedTurn(body.strip(), thinking, calls)
+        starts = [0, *(match.end() for match, _ in found)]
+        ends = [*(match.start() for match, _ in found), len(body)]
+        content = "".join(body[start:end] for start, end in zip(starts, ends, strict=True))
+        return ParsedTurn(content.strip(), thinking, [call for _, call in found])
 
     def write(self, call: ToolCall) -> str:
         """See CallFormat."""

@@ -113,8 +113,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Convert tool traces (.jsonl, .json, .parquet) to the JSON lines that "
         "cold_start.data takes.  Rows that cannot be used are left out and counted.",
     )
-    parser.add_argument("source", type=Path, metavar="IN")
-    parser.add_argument("target", type=Path, metavar="OUT")
+    _add_paths(parser, "IN", "OUT")
     parser.add_argument("--from", dest="kind", required=True, choices=("openhands", "sharegpt"))
     parser.add_argument(
         "--keep-failed",
@@ -131,15 +130,16 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Write the model of a run's last checkpoint, or of a named one, with its "
         "tokenizer, chat template, generation config and a model card, for transformers, vLLM, ...",
     )
-    parser.add_argument("source", type=Path, metavar="RUN|CHECKPOINT")
-    parser.add_argument("target", type=Path, metavar="DIR")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights"
-    )
-    parser.add_argument(
-        "--push", metavar="OWNER/NAME", help="also upload it to this hub repository"
-    )
+    _add_paths(parser, "RUN|CHECKPOINT", "DIR")
+    parser.add_argument("--dtype", help="of the weights, such as bfloat16 (default: as trained)")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the hub")
     parser.set_defaults(run=_export)
+
+
+def _add_paths(parser: argparse.ArgumentParser, source: str, target: str) -> None:
+    """What a command reads and what it makes, by the names that its help gives them."""
+    for name, shown in (("source", source), ("target", target)):
+        parser.add_argument(name, type=Path, metavar=shown)
 
 
 def _count(text: str) -> int:

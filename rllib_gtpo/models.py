@@ -166,14 +166,19 @@ def _check_vocabulary(tokenizer: Any, rows: int) -> None:
         )
 
 
+def is_local(source: str) -> bool:
+    """Whether this names a directory, be it one that is missing, and not a hub id."""
+    return source.startswith((".", "/", "~")) or Path(source).exists()
+
+
 def from_pretrained(auto_class: str, source: str, **options: Any) -> Any:
     """What a class of transformers loads from a directory or hub id; ConfigError if it cannot."""
     import transformers
 
-    looks_local = source.startswith((".", "/", "~")) or Path(source).exists()
-    path = str(Path(source).expanduser()) if looks_local else source
+    local = is_local(source)
+    path = str(Path(source).expanduser()) if local else source
     what = "tokenizer" if auto_class == "AutoTokenizer" else "model"
-    if looks_local and not Path(path).is_dir():
+    if local and not Path(path).is_dir():
         raise ConfigError(f"{what}={source!r}: no such directory.")
     try:
         return getattr(transformers, auto_class).from_pretrained(path, **options)

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from rllib_gtpo import GTPOConfig
 from rllib_gtpo.cli import main
-from rllib_gtpo.command.export import export
-from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.command.export import _card, export
+from rllib_gtpo.errors import ConfigError, GTPOError
+from rllib_gtpo.models import build_tokenizer
 
 
 @pytest.fixture(scope="module")
 def trained(ray_session, tmp_path_factory):
-    """A checkpoint after one update, and what the policy then says greedily."""
-    from rllib_gtpo import GTPOConfig
+    """A checkpoint after one update, and the learner's weights."""
     from tests.tasks import Adder
 
     algorithm = (
@@ -65,6 +66,9 @@ def test_it_is_complete_and_others_can_read_it(exported):
 
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert tokenizer.decode(model.generation_config.eos_token_id) == "<|im_end|>"
+    messages = [{"role": "user", "content": "1+1 é"}]
+    shown = [t.apply_chat_template(messages)["input_ids"] for t in (tokenizer, build_tokenizer())]
+    assert shown[0] == shown[1]
 
 
 def test_the_card_says_how_it_was_trained_and_its_code_runs(exported, monkeypatch, capsys):
@@ -97,6 +101,32 @@ def test_pushing(trained, tmp_path, monkeypatch):
     assert done.endswith("and to hub/me/adder")
     assert calls[0] == ("me/adder", {"private": True, "exist_ok": True})
     assert "model.safetensors" in calls[1][1]
+
+
+def test_a_failed_upload_keeps_the_directory(trained, tmp_path, monkeypatch):
+    class Hub:
+        def create_repo(self, name, **options):
+            raise RuntimeError("401")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    with pytest.raises(GTPOError, match=r"is complete, but .* 401\. Log in .*hf upload me/adder"):
+        export(trained[0], tmp_path / "kept", push_to="me/adder")
+    assert load(tmp_path / "kept")
+
+
+def test_a_card_tells_a_hub_id_and_no_path(trained, tmp_path):
+    config = GTPOConfig().language_model(model="Qwen/Qwen2.5-0.5B-Instruct")
+    assert "base_model: Qwen/Qwen2.5-0.5B-Instruct" in _card("x", trained[0], config)
+    card = _card("x", trained[0], GTPOConfig().language_model(model="/home/me/start"))
+    assert "started from start" in card and "/home" not in card and "base_model" not in card
+
+
+def test_a_checkpoint_that_cannot_be_read(trained, tmp_path):
+    broken = tmp_path / "checkpoint"
+    broken.mkdir()
+    (broken / "rllib_checkpoint.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"cannot be read: .*No such file"):
+        export(broken, tmp_path / "x")
 
 
 def test_refusals(trained, exported, tmp_path, capsys):

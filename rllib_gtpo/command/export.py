@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rllib_gtpo.command.directory import RunDirectory
-from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.errors import ConfigError, GTPOError
+from rllib_gtpo.models import is_local
 
 MODULE = Path("learner_group", "learner", "rl_module", "default_policy")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -123,8 +124,14 @@ def _config(checkpoint: Path) -> Any:
 
     from rllib_gtpo.config import GTPOConfig
 
-    with (checkpoint / "class_and_ctor_args.pkl").open("rb") as file:
-        made = cloudpickle.load(file)
+    try:
+        with (checkpoint / "class_and_ctor_args.pkl").open("rb") as file:
+            made = cloudpickle.load(file)
+    except (OSError, ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{checkpoint} cannot be read: {error}. Run this where the modules that it was "
+            "trained with (its environment's, say) can be imported."
+        ) from error
     config = AlgorithmConfig.from_state(made["ctor_args_and_kwargs"][0][0])
     if not isinstance(config, GTPOConfig):
         name = made["class"].__name__
@@ -142,18 +149,17 @@ def _model(checkpoint: Path, dtype: str | None) -> Any:
 
 def _card(name: str, checkpoint: Path, config: Any) -> str:
     source = config.language_model_source
-    is_hub_id = isinstance(source, str) and not os.path.exists(source)
-    base = f"base_model: {source}\n" if is_hub_id else ""
+    hub_id = source if isinstance(source, str) and not is_local(source) else None
     versions = ", ".join(
         f"{package} {metadata.version(package)}"
         for package in ("rllib-gtpo", "ray", "torch", "transformers")
     )
     return _CARD.format(
         tag=config.ALGORITHM.lower(),
-        base=base,
+        base=f"base_model: {hub_id}\n" if hub_id else "",
         name=name,
         algorithm=config.ALGORITHM,
-        facts="".join(f"- {fact}\n" for fact in _facts(checkpoint, source)),
+        facts="".join(f"- {fact}\n" for fact in _facts(checkpoint, hub_id, source)),
         settings="\n".join(f"| {key} | {getattr(config, key)} |" for key in _TRAINED_WITH),
         versions=versions,
         call_format=config.call_format,
@@ -161,8 +167,9 @@ def _card(name: str, checkpoint: Path, config: Any) -> str:
     )
 
 
-def _facts(checkpoint: Path, source: Any) -> Iterator[str]:
-    yield f"started from {source}" if isinstance(source, str) else "made from scratch"
+def _facts(checkpoint: Path, hub_id: str | None, source: Any) -> Iterator[str]:
+    of = hub_id or (Path(source).name if isinstance(source, str) else None)  # no path of a machine
+    yield f"started from {of}" if of else "made from scratch"
     progress, record = checkpoint / "progress.json", checkpoint.parent / "run.json"
     if progress.is_file():
         found = json.loads(progress.read_text())
@@ -175,6 +182,12 @@ def _facts(checkpoint: Path, source: Any) -> Iterator[str]:
 def _push(directory: Path, repository: str) -> str:
     from huggingface_hub import HfApi
 
-    hub = HfApi()
-    hub.create_repo(repository, private=True, exist_ok=True)
-    return str(hub.upload_folder(repo_id=repository, folder_path=directory))
+    try:
+        hub = HfApi()
+        hub.create_repo(repository, private=True, exist_ok=True)
+        return str(hub.upload_folder(repo_id=repository, folder_path=directory))
+    except Exception as error:  # of the hub's client and of its HTTP library
+        raise GTPOError(
+            f"{directory} is complete, but uploading it failed: {error}. Log in with `hf auth "
+            f"login`, and try `hf upload {repository} {directory}`."
+        ) from error

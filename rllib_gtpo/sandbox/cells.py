@@ -88,7 +88,8 @@ class Cell:
         self.number, self.session = number, session
         self.output = Output(limits.output_chars)
         self.job: Job | None = None
-        self.pid = 0  # 0 until the zygote has forked it
+        self.asked = time.monotonic()  # when the zygote was asked to fork it
+        self.pid = 0  # 0 until it has
         self.pipe = -1
         self.socket: socket.socket | None = None  # a session's
         self.verdict: tuple[Status, str] | None = None  # why the host killed it

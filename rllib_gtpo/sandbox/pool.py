@@ -178,9 +178,10 @@ class Pool:
         """Replace a zygote that has something to do and says nothing."""
         self._listening = False
         zygote = self.zygote
-        if zygote is None or all(cell.pid for cell in self._cells.values()):
+        asked = [cell.asked for cell in self._cells.values() if not cell.pid]
+        if zygote is None or not asked:
             return
-        left = zygote.heard + self.patience - time.monotonic()
+        left = max(zygote.heard, min(asked)) + self.patience - time.monotonic()
         if left <= 0:
             return zygote.kill(f"it said nothing for {self.patience:g} s", wait=0.0)
         self._listening = True

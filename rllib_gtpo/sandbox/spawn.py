@@ -109,6 +109,8 @@ class ZygoteProcess:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # a terminal's Ctrl-C is not for it
             )
+            # What it forked a moment ago may hold the other end of the socket after its death.
+            self._process_fd = os.pidfd_open(self._process.pid)
         except BaseException:
             ours.close()
             os.rmdir(self.scratch)
@@ -117,8 +119,6 @@ class ZygoteProcess:
             theirs.close()
         ours.setblocking(False)
         self._socket = ours
-        # What it forked a moment ago may hold the other end open after its death.
-        self._process_fd = os.pidfd_open(self._process.pid)
         hub.watch(ours.fileno(), self._readable)
         hub.watch(self._process_fd, self._exited)
 

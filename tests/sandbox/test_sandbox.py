@@ -615,6 +615,23 @@ def test_a_zygote_that_falls_silent_is_replaced():
         assert sandbox.restarts == 1 and sandbox.reruns == 1
 
 
+def test_a_zygote_with_nothing_to_say_until_now_is_not_silent(own):
+    """Its last word is old when it is asked again: the wait for an answer begins there."""
+    with own.session() as cell:
+        cell.run("x = 1")
+        zygote = own._pool.zygote
+        os.kill(zygote.pid, signal.SIGSTOP)
+        zygote.heard -= 1000.0
+        with ThreadPoolExecutor(1) as pool:
+            result = pool.submit(own.run, "print(1)")
+            assert eventually(lambda: any(not c.pid for c in own._pool._cells.values()))
+            own._pool.hub.post(own._pool._listen)
+            time.sleep(0.2)
+            os.kill(zygote.pid, signal.SIGCONT)
+            assert result.result(20).output == "1\n"
+        assert cell.run("print(x)").output == "1\n" and own.restarts == 0
+
+
 def test_a_killed_child_harms_no_other(own):
     with own.session() as cell, own.session() as other:
         pid = int(cell.run("import os; print(os.getpid())").output)
