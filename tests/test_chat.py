@@ -201,7 +201,7 @@ def test_an_unknown_format_names_the_known_ones():
     "text",
     [
         *(
-            "\n```" * 15_000 + " " * 50_000,
+            "\n```" * 25_000 + "\u2028" * 100_000,
             "```\n" * 25_000,
             "```python\n" * 10_000,
             "```python\nx\n```\n" * 6_000,
@@ -212,4 +212,4 @@ def test_an_unknown_format_names_the_known_ones():
 def test_parsing_takes_time_in_proportion_to_the_text(name, text):
     began = time.process_time()
     call_format(name).parse(text, [PYTHON])
-    assert time.process_time() - began < 0.5  # the first took 0.8 s once, the others 0.1 s
+    assert time.process_time() - began < 0.5  # the first took 3 s once

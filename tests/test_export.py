@@ -1,6 +1,7 @@
 """`rllib export`: the directory is complete, and its model is the policy."""
 
 import re
+import shutil
 import stat
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from rllib_gtpo import GTPOConfig
 from rllib_gtpo.cli import main
+from rllib_gtpo.command.directory import RunDirectory, RunRecord
 from rllib_gtpo.command.export import _card, export
 from rllib_gtpo.errors import ConfigError, GTPOError
 from rllib_gtpo.models import build_tokenizer
@@ -78,6 +80,29 @@ def test_the_card_says_how_it_was_trained_and_its_code_runs(exported, monkeypatc
     monkeypatch.chdir(exported)
     exec(code.group(1), {})
     assert "<|im_start|>assistant" in capsys.readouterr().out
+
+
+def test_of_a_run_it_is_the_last_checkpoint(trained, tmp_path):
+    run = RunDirectory.create(tmp_path / "run", RunRecord("x.py", "", "x", "GTPO"))
+
+    def write(directory):
+        shutil.copytree(trained[0], directory, dirs_exist_ok=True)
+
+    for iteration in (1, 2):
+        progress = {"training_iteration": iteration, "time_total_s": 9.0, "metrics": {}}
+        run.save(iteration, progress, write)
+    run.record.held_out_accuracy = [0.25, 0.75]
+    run.write_record()
+    assert "checkpoint_000002 to" in export(run.path, tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "2 iterations in 9 s" in card and "0.250 before and 0.750 after" in card
+
+
+def test_what_fails_midway_leaves_nothing(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("rllib_gtpo.command.export._card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(trained[0], tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_dtype(trained, tmp_path):

@@ -615,6 +615,19 @@ def test_a_zygote_that_falls_silent_is_replaced():
         assert sandbox.restarts == 1 and sandbox.reruns == 1
 
 
+def test_silence_is_noticed_also_after_a_time_without_work(own):
+    own._pool.hub.post(own._pool._listen)  # finds nothing to wait for
+    own._pool.patience = 5.0
+    os.kill(zygote_pid(own), signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(own.run, "print(1)")
+        try:
+            assert result.result(60).output == "1\n"
+        finally:
+            own.close()
+    assert own.restarts == 1
+
+
 def test_a_zygote_with_nothing_to_say_until_now_is_not_silent(own):
     """Its last word is old when it is asked again: the wait for an answer begins there."""
     with own.session() as cell:
