@@ -28,6 +28,7 @@ _SHAPING_DEFAULTS = {
     "embedder": "python_tokens",
     "on_embedder_failure": "stop",
 }
+_STRAGGLERS = ("wait", "drop")
 _OVERLONG = ("keep", "mask", "penalty")
 _OVERLONG_DEFAULTS = {"overlong_penalty": 1.0, "overlong_buffer": None}
 _NUMBERS = (
@@ -39,6 +40,7 @@ _NUMBERS = (
     "penalize_tool_errors",
     "shaping_alpha",
     "overlong_penalty",
+    "oversample",
 )
 _DTYPES = ("float32", "bfloat16")
 
@@ -113,9 +115,14 @@ def _sampling(config: GTPOConfig) -> None:
         raise ConfigError(f"evaluation temperature={config.evaluation_temperature}: at least 0.")
     if not 0.0 < config.top_p <= 1.0:
         raise ConfigError(f"top_p={config.top_p}: must lie in (0, 1].")
-    for name in ("max_turn_tokens", "max_concurrency", "evaluation_samples_per_task"):
+    for name in (
+        "max_turn_tokens",
+        "max_concurrency",
+        "evaluation_samples_per_task",
+        "num_engines",
+    ):
         _positive(name, getattr(config, name))
-    for name in ("max_turns", "max_tokens"):
+    for name in ("max_turns", "max_tokens", "max_invalid_calls"):
         if getattr(config, name) is not None:
             _positive(name, getattr(config, name))
     if config.max_tokens is not None and config.max_turn_tokens > config.max_tokens:
@@ -123,6 +130,21 @@ def _sampling(config: GTPOConfig) -> None:
             f"max_turn_tokens={config.max_turn_tokens} is more than "
             f"max_tokens={config.max_tokens}: one turn cannot be longer than the trajectory."
         )
+    if config.engine == "hf" and config.num_engines != 1:
+        raise ConfigError(
+            f"num_engines={config.num_engines} has no effect with engine='hf', of which each env "
+            "runner has its own: use engine='vllm', or more env runners."
+        )
+    if config.stragglers not in _STRAGGLERS:
+        raise ConfigError(_one_of("stragglers", config.stragglers, _STRAGGLERS))
+    if config.oversample < 0.0 or (config.stragglers == "drop") != (config.oversample > 0.0):
+        raise ConfigError(
+            f"stragglers={config.stragglers!r} with oversample={config.oversample}: to drop the "
+            "slowest groups, more must be rolled out than are needed (stragglers='drop', "
+            "oversample=0.25); to wait for all, leave both out."
+        )
+    if config.stragglers == "drop" and config.deterministic:
+        raise ConfigError("stragglers='drop' depends on time: it cannot be deterministic.")
     for name in ("format_penalty", "penalize_tool_errors"):
         if getattr(config, name) < 0.0:
             raise ConfigError(

@@ -54,12 +54,16 @@ class GTPOConfig(AlgorithmConfig):
         # rollouts
         self.engine = "hf"
         self.engine_config: dict[str, Any] = {}
+        self.num_engines = 1
         self.temperature = 1.0
         self.top_p = 1.0
         self.max_turns: int | None = None
         self.max_turn_tokens = 512
         self.max_tokens: int | None = None
         self.max_concurrency = 256
+        self.max_invalid_calls: int | None = None
+        self.stragglers = "wait"
+        self.oversample = 0.0
         # training
         self.lr = 1e-6
         self.gamma = DEFAULT_GAMMA
@@ -163,18 +167,23 @@ class GTPOConfig(AlgorithmConfig):
         *,
         engine: str = NotProvided,
         engine_config: dict[str, Any] = NotProvided,
+        num_engines: int = NotProvided,
         temperature: float = NotProvided,
         top_p: float = NotProvided,
         max_turns: int | None = NotProvided,
         max_turn_tokens: int = NotProvided,
         max_tokens: int | None = NotProvided,
         max_concurrency: int = NotProvided,
+        max_invalid_calls: int | None = NotProvided,
+        stragglers: str = NotProvided,
+        oversample: float = NotProvided,
     ) -> GTPOConfig:
         """How trajectories are sampled.
 
         Args:
-            engine: "hf", in process.
-            engine_config: Keyword arguments of the engine.
+            engine: "hf", in the process of each env runner, or "vllm", actors of their own.
+            engine_config: Keyword arguments of the engine; see rllib_gtpo.engines.
+            num_engines: How many vLLM engines all env runners share.
             temperature: Of sampling, and of the log-probabilities that are trained.
             top_p: Nucleus sampling; below 1 the sampler is no longer the policy, see the docs.
             max_turns: Most turns of a trajectory; None leaves it to the environment.
@@ -182,16 +191,25 @@ class GTPOConfig(AlgorithmConfig):
             max_tokens: Most tokens of a trajectory, prompt and tool output included; None: the
                 model's.
             max_concurrency: Trajectories in flight per env runner.
+            max_invalid_calls: Turns in a row whose calls are all invalid that end a trajectory;
+                None leaves it to the environment.
+            stragglers: "wait" for every group, or "drop" the slowest, of which `oversample` says
+                how many: it favours short trajectories.
+            oversample: With "drop", the share of groups that are rolled out beyond those needed.
         """
         return self._set(
             engine=engine,
             engine_config=engine_config,
+            num_engines=num_engines,
             temperature=temperature,
             top_p=top_p,
             max_turns=max_turns,
             max_turn_tokens=max_turn_tokens,
             max_tokens=max_tokens,
             max_concurrency=max_concurrency,
+            max_invalid_calls=max_invalid_calls,
+            stragglers=stragglers,
+            oversample=oversample,
         )
 
     def training(

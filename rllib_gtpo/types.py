@@ -40,6 +40,9 @@ class StopReason(StrEnum):
     MAX_TOKENS = "max_tokens"  # the context is full
     ENV_ERROR = "env_error"  # the environment raised
     ENV_TIMEOUT = "env_timeout"  # the environment did not return
+    INVALID_CALLS = "invalid_calls"  # too many turns in a row whose calls were all invalid
+    ENGINE_ERROR = "engine_error"  # the engine failed and could not be replaced in time
+    DROPPED = "dropped"  # others were faster: see the setting `stragglers`
 
 
 class ToolError(StrEnum):
@@ -48,6 +51,9 @@ class ToolError(StrEnum):
     INVALID = "invalid"  # cannot be parsed, unknown tool, or violates the schema: a *format* error
     RAISED = "raised"  # well-formed, and the tool (or the code it ran) raised
     TIMEOUT = "timeout"  # well-formed, and the tool did not return in time
+
+
+_BROKEN = (StopReason.ENV_ERROR, StopReason.ENV_TIMEOUT, StopReason.ENGINE_ERROR)
 
 
 @dataclass(slots=True)
@@ -89,7 +95,8 @@ class Completion:
     token_ids: list[int]
     logprobs: list[float]
     finish: str  # "stop": ended with a stop token (kept, last) | "length": hit max_tokens | "abort"
-    weights_version: int = 0
+    weights_version: int = 0  # of the weights that sampled the first token
+    last_version: int | None = None  # of those that sampled the last one, if they are others
 
 
 @dataclass(slots=True)
@@ -101,7 +108,8 @@ class Turn:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str = "stop"
-    weights_version: int = 0
+    weights_version: int = 0  # see Completion
+    last_version: int | None = None
     text: str = ""  # the sampled text without its stop token
     content: str = ""  # text without thinking and without calls
     thinking: str = ""
@@ -142,8 +150,15 @@ class Trajectory:
 
     @property
     def broken(self) -> bool:
-        """Whether the environment failed: the outcome says nothing about the policy."""
-        return self.stop_reason in (StopReason.ENV_ERROR, StopReason.ENV_TIMEOUT)
+        """Whether environment or engine failed: the outcome says nothing about the policy."""
+        return self.stop_reason in _BROKEN
+
+    @property
+    def weights_versions(self) -> tuple[int, int]:
+        """The oldest and the newest weights that sampled any of it; equal unless it spans an
+        update."""
+        seen = [v for t in self.turns for v in (t.weights_version, t.last_version) if v is not None]
+        return min(seen, default=0), max(seen, default=0)
 
     @property
     def reward(self) -> float:

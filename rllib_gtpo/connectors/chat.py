@@ -66,6 +66,7 @@ class TokensToTurns(ChatPiece):
             logprobs=completion.logprobs,
             finish=completion.finish,
             weights_version=completion.weights_version,
+            last_version=completion.last_version,
             text=text,
             content=parsed.content,
             thinking=parsed.thinking,
