@@ -245,12 +245,13 @@ class GTPO(Algorithm):
         """The cold start's data, read once."""
         if self._demonstrations is None:
             env = as_tool_env(self.env_creator(EnvContext(self.config.env_config, worker_index=0)))
-            env.call_format = self.config.build_call_format()
+            codec = self.config.build_codec()
+            env.call_format = codec.call_format
             context: int = call_learners(self.learner_group, "max_context")[0]
             self._demonstrations = load_demonstrations(
                 start,
                 env,
-                self.config.build_codec(),
+                codec,
                 self.config.seed or 0,
                 min(context, self.config.max_tokens or context),
             )

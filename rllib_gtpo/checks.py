@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
+from rllib_gtpo.chat import call_format
 from rllib_gtpo.cold_start import ColdStart
 from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.ops.advantages import ESTIMATORS
@@ -222,7 +223,7 @@ def _groups(config: GTPOConfig) -> None:
 def _model(config: GTPOConfig) -> None:
     if config.dtype not in _DTYPES:
         raise ConfigError(_one_of("dtype", config.dtype, _DTYPES))
-    config.build_call_format()
+    call_format(config.call_format)
     ColdStart.of(config.cold_start)
     name = config.optimizer.get("name", "AdamW")
     if not isinstance(getattr(torch.optim, str(name), None), type):

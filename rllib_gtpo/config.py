@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
-from rllib_gtpo.chat import CallFormat, ChatCodec, call_format
+from rllib_gtpo.chat import ChatCodec
 from rllib_gtpo.checks import DEFAULT_GAMMA, check
+from rllib_gtpo.engines.base import RolloutEngine
 from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.models import TINY_QWEN2, load_tokenizer
 from rllib_gtpo.ops.losses import Objective
@@ -388,9 +389,15 @@ class GTPOConfig(AlgorithmConfig):
         source = self.tokenizer if self.tokenizer is not None else self.language_model_source
         return ChatCodec(load_tokenizer(source, chat_template=self.chat_template), self.call_format)
 
-    def build_call_format(self) -> CallFormat:
-        """The call format that environments parse text with."""
-        return call_format(self.call_format)
+    def build_engine(self, module: Any) -> RolloutEngine:
+        """What an env runner samples with; `module`: the runner's RLModule."""
+        from rllib_gtpo.engines.hf import HFEngine
+
+        return HFEngine(
+            module.model,
+            max_context=min(self.max_tokens or 2**31, module.max_context),
+            **self.engine_config,
+        )
 
     def build_rubric(self) -> Rubric:
         """Reward components besides the environment's."""

@@ -36,7 +36,6 @@ from ray.rllib.utils.metrics import (
 from rllib_gtpo.aio import run_coroutine
 from rllib_gtpo.checks import evaluation_splits
 from rllib_gtpo.engines.base import SamplingParams
-from rllib_gtpo.engines.hf import HFEngine
 from rllib_gtpo.env import ChatSpace, ToolEnv, task_id
 from rllib_gtpo.episodes import attach_trajectory, group_trajectories
 from rllib_gtpo.errors import ConfigError, DataError, EnvironmentFault, GTPOError
@@ -96,15 +95,11 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         self._tasks: dict[str, list[Task]] = {}  # of the splits that were asked for
         self._order: EndlessOrder | None = None  # of the training tasks
         self._restarts = sandbox_restarts()
-        self.make_env()
         self.codec = self.config.build_codec()
+        self.make_env()
         self._shaping = self.config.build_shaping()
         self.make_module()
-        self.engine = HFEngine(
-            self.module.model,
-            max_context=min(self.config.max_tokens or 2**31, self.module.max_context),
-            **self.config.engine_config,
-        )
+        self.engine = self.config.build_engine(self.module)
         self._overlong_penalty = self.config.build_overlong_penalty(self.engine.max_context)
         self._env_to_module = self.config.build_env_to_module_connector(
             env=self.env, spaces=self.get_spaces(), device=self._device, codec=self.codec
@@ -359,7 +354,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         )
         env = as_tool_env(self._env_creator(context))
         env.rubric = self.config.build_rubric()
-        env.call_format = self.config.build_call_format()
+        env.call_format = self.codec.call_format
         if self.config.max_turns is not None:
             env.turn_limit = self.config.max_turns
         return env
