@@ -76,6 +76,7 @@ class GTPOLearner(TorchLearner):
         super().__init__(**kwargs)
         self.last_batch: TrainedBatch | None = None
         self._bad_steps = 0
+        self._packed = False  # whether the model takes sequences without padding
         self._step_metrics: tuple[str, ...] = (
             _NOTHING_TRAINED  # their names stay when there is nothing to train on
         )
@@ -89,6 +90,12 @@ class GTPOLearner(TorchLearner):
         super().build()
         if self.config.seed is not None:
             torch.manual_seed(self.config.seed + 1000 * self._rank)
+
+    def _make_module(self) -> Any:
+        """RLlib's, switched to packed batches before anything wraps it."""
+        module = super()._make_module()
+        self._packed = module[DEFAULT_MODULE_ID].pack()
+        return module
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
         """One optimizer for RL, following `lr`, and one for the cold start, driven step by step."""
@@ -274,9 +281,9 @@ class GTPOLearner(TorchLearner):
         filled = [i for i, s in enumerate(sequences) if s.token_ids]
         lengths = [len(sequences[i].token_ids) for i in filled]
         with torch.no_grad():
-            for part in micro_batches(lengths, self.config.token_budget):
+            for part in self._micro_batches(lengths):
                 indices = [filled[i] for i in part]
-                batch = collate(sequences, indices).to(self._device)
+                batch = collate(sequences, indices, packed=self._packed).to(self._device)
                 logprobs = self._unwrapped.forward_train({"tokens": batch})[LOGPROBS]
                 for index in indices:
                     found[index] = logprobs[batch.sequences_N == index]
@@ -334,14 +341,17 @@ class GTPOLearner(TorchLearner):
         optimizer = self.get_optimizer(DEFAULT_MODULE_ID, optimizer_name)
         optimizer.zero_grad(set_to_none=True)
         lengths = [len(sequences[i].token_ids) for i in chosen]
-        parts = [[chosen[i] for i in p] for p in micro_batches(lengths, self.config.token_budget)]
+        parts = [[chosen[i] for i in part] for part in self._micro_batches(lengths)]
         backward_passes = self._max(len(parts))
         metrics: list[dict[str, Tensor]] = []
         total_loss = torch.zeros((), dtype=torch.float64, device=self._device)
         computed = 0
         for number in range(backward_passes):
-            batch = collate(sequences, parts[number]) if number < len(parts) else empty_batch()
-            batch = batch.to(self._device)
+            batch = (
+                collate(sequences, parts[number], packed=self._packed)
+                if number < len(parts)
+                else empty_batch(packed=self._packed)
+            ).to(self._device)
             with self._synchronised(last=number == backward_passes - 1):
                 output = self.module[DEFAULT_MODULE_ID].forward_train({"tokens": batch})
                 loss, sums = loss_fn(batch, output)
@@ -402,6 +412,9 @@ class GTPOLearner(TorchLearner):
         """A frozen copy of the module as it is now: the policy that KL is measured to."""
         self._reference = copy.deepcopy(self._unwrapped).requires_grad_(False)
         return self._reference
+
+    def _micro_batches(self, lengths: list[int]) -> list[list[int]]:
+        return micro_batches(lengths, self.config.token_budget, packed=self._packed)
 
     # Who else is there.
 

@@ -5,8 +5,10 @@ Pure torch.  Shapes: `_B` rows, `_T` tokens of a row, `_N` trained tokens of a b
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -40,10 +42,11 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Right-padded rows of whole sequences, and flat columns of their trained tokens in row order.
+    """Whole sequences, and flat columns of their trained tokens in the order of the rows.
 
-    With causal attention and padding on the right only, no real token sees a padding token, so no
-    attention mask is needed and every sequence computes what it would compute alone.
+    Either one packed row, sequence behind sequence, for a model that knows their bounds; or one
+    sequence a row, padded on the right: with causal attention no real token sees padding, so no
+    mask is needed.  Either way every sequence computes what it would compute alone.
     """
 
     input_ids_BT: Tensor
@@ -52,6 +55,9 @@ class TokenBatch:
     turns_N: Tensor  # row of its turn
     sequences_N: Tensor  # index of its sequence in the list that was packed
     sampling_logprobs_N: Tensor
+    position_ids_BT: Tensor | None = None  # packed: from 0 on in each sequence
+    bounds: Tensor | None = None  # packed: where sequences begin, and the end; int32
+    lengths: tuple[int, ...] | None = None  # packed: of the sequences
 
     @property
     def num_tokens(self) -> int:
@@ -60,7 +66,8 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The batch on a device."""
-        return TokenBatch(*(getattr(self, name).to(device) for name in self.__slots__))
+        values = (getattr(self, name) for name in self.__slots__)
+        return TokenBatch(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
 
 
 def token_sequences(trajectories: Sequence[Trajectory]) -> list[TokenSequence]:
@@ -86,13 +93,18 @@ def token_sequences(trajectories: Sequence[Trajectory]) -> list[TokenSequence]:
     return sequences
 
 
-def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Indices of sequences by micro-batch: similar lengths together, rows x longest in the budget.
+def micro_batches(
+    lengths: Sequence[int], token_budget: int, *, packed: bool = False
+) -> list[list[int]]:
+    """Indices of sequences by micro-batch, each within the budget.
 
-    The cut is the cheapest one, counting padding and `PASS_COST` for each micro-batch.  A sequence
-    longer than the budget gets a micro-batch of its own.
+    Packed, there are as few as possible, of nearly equal tokens.  Padded, similar lengths stand
+    together (rows x longest counts), and the cut is the cheapest one, counting padding and
+    `PASS_COST` for each micro-batch.  A sequence longer than the budget gets one of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if packed:
+        return _even_parts(lengths, order, token_budget)
     cost = [0] * (len(order) + 1)  # of the cheapest cut of order[start:]
     end = [0] * len(order)  # where its first micro-batch ends
     for start in reversed(range(len(order))):
@@ -110,43 +122,62 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return batches
 
 
-def collate(sequences: Sequence[TokenSequence], indices: Sequence[int]) -> TokenBatch:
+def _even_parts(lengths: Sequence[int], order: list[int], budget: int) -> list[list[int]]:
+    """The longest first, each to the lightest part; one part more until all are in the budget."""
+    long = [[i] for i in order if lengths[i] >= budget]
+    rest = order[len(long) :]
+    count = -(-sum(lengths[i] for i in rest) // budget)
+    while True:
+        heap = [(0, part) for part in range(count)]
+        parts: list[list[int]] = [[] for _ in range(count)]
+        for i in rest:
+            load, part = heapq.heappop(heap)
+            parts[part].append(i)
+            heapq.heappush(heap, (load + lengths[i], part))
+        if all(load <= budget for load, _ in heap):
+            return long + parts
+        count += 1
+
+
+def collate(
+    sequences: Sequence[TokenSequence], indices: Sequence[int], *, packed: bool = False
+) -> TokenBatch:
     """One micro-batch of the sequences at `indices`."""
-    width = max(len(sequences[i].token_ids) for i in indices)
-    input_ids = torch.zeros(len(indices), width, dtype=torch.long)
-    positions: list[int] = []
-    targets: list[int] = []
-    turns: list[int] = []
-    owners: list[int] = []
-    logprobs: list[float] = []
-    for row, index in enumerate(indices):
-        sequence = sequences[index]
-        input_ids[row, : len(sequence.token_ids)] = torch.tensor(sequence.token_ids)
-        for at, turn in enumerate(sequence.turns):
-            if turn == NOT_TRAINED:
-                continue
-            if at == 0:
-                raise ValueError(
-                    "the first token of a sequence has no context to be predicted from"
-                )
-            positions.append(row * width + at - 1)
-            targets.append(sequence.token_ids[at])
-            turns.append(turn)
-            owners.append(index)
-            logprobs.append(sequence.logprobs[at])
+    lengths = [len(sequences[i].token_ids) for i in indices]
+    ids = [torch.tensor(sequences[i].token_ids) for i in indices]
+    width = max(lengths)
+    if packed:
+        bounds = torch.tensor([0, *accumulate(lengths)])
+        starts, input_ids = bounds[:-1], torch.cat(ids)[None]
+    else:
+        starts = torch.arange(len(indices)) * width
+        input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    lengths_B = torch.tensor(lengths)
+    place = torch.arange(sum(lengths)) - (lengths_B.cumsum(0) - lengths_B).repeat_interleave(
+        lengths_B
+    )  # of every token in its sequence
+    turns = torch.tensor([turn for i in indices for turn in sequences[i].turns])
+    trained = turns != NOT_TRAINED
+    if bool((trained & (place == 0)).any()):
+        raise ValueError("the first token of a sequence has no context to be predicted from")
+    flat = place + starts.repeat_interleave(lengths_B)
+    logprobs = torch.tensor([value for i in indices for value in sequences[i].logprobs])
     return TokenBatch(
         input_ids,
-        torch.tensor(positions, dtype=torch.long),
-        torch.tensor(targets, dtype=torch.long),
-        torch.tensor(turns, dtype=torch.long),
-        torch.tensor(owners, dtype=torch.long),
-        torch.tensor(logprobs, dtype=torch.float32),
+        flat[trained] - 1,
+        torch.cat(ids)[trained],
+        turns[trained],
+        torch.tensor(list(indices)).repeat_interleave(lengths_B)[trained],
+        logprobs[trained].float(),
+        place[None] if packed else None,
+        bounds.int() if packed else None,
+        tuple(lengths) if packed else None,
     )
 
 
-def empty_batch() -> TokenBatch:
+def empty_batch(*, packed: bool = False) -> TokenBatch:
     """A batch that trains nothing: what a learner computes while others have more micro-batches."""
-    return collate([TokenSequence([0], [NOT_TRAINED], [0.0])], [0])
+    return collate([TokenSequence([0], [NOT_TRAINED], [0.0])], [0], packed=packed)
 
 
 def shard_groups(groups: Sequence[Group], shards: int) -> list[list[Group]]:

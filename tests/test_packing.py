@@ -1,5 +1,7 @@
 """Token masks, with lists that a person can check."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from rllib_gtpo.packing import (
     shard_groups,
     token_sequences,
 )
+from rllib_gtpo.rl_module import LOGPROBS, LLMModule
 from rllib_gtpo.types import Group, Trajectory, Turn
 
 
@@ -117,3 +120,98 @@ def test_shards_are_whole_groups_balanced_by_tokens():
     assert sorted(g.id for shard in shards for g in shard) == [0, 1, 2, 3]
     assert [sum(g.num_tokens for g in shard) for shard in shards] == [60, 60]
     assert shard_groups(groups[:1], 2) == [groups[:1], []]
+
+
+def test_a_packed_row_holds_whole_sequences_side_by_side():
+    batch = collate(token_sequences([two_turns(), one_turn()]), [1, 0], packed=True)
+    assert batch.input_ids_BT.tolist() == [[1, 2, 3, 7, 8, 5, 6, 9, 4]]
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 5]]
+    assert batch.bounds.tolist() == [0, 3, 9] and batch.lengths == (3, 6)
+    assert batch.positions_N.tolist() == [0, 1, 4, 5, 7]
+    assert batch.targets_N.tolist() == [2, 3, 5, 6, 4]
+    assert batch.turns_N.tolist() == [2, 2, 0, 0, 1]
+    assert batch.sequences_N.tolist() == [1, 1, 0, 0, 0]
+
+
+def test_packed_parts_are_few_nearly_equal_and_within_the_budget():
+    generator = torch.Generator().manual_seed(0)
+    lengths = (
+        torch.empty(200).log_normal_(5, 0.7, generator=generator).clamp(20, 900).int().tolist()
+    )
+    parts = micro_batches([*lengths, 5000], 4096, packed=True)
+    assert sorted(i for part in parts for i in part) == list(range(201))
+    assert parts[0] == [200]  # longer than the budget: alone
+    loads = [sum(lengths[i] for i in part) for part in parts[1:]]
+    assert max(loads) <= 4096
+    assert len(loads) == -(-sum(lengths) // 4096)
+    assert max(loads) - min(loads) <= min(lengths)
+    assert micro_batches([], 4096, packed=True) == []
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_sequences_do_not_see_each_other(attention):
+    module = tiny_module()
+    module.model.set_attn_implementation(attention)
+    sequences = token_sequences([two_turns(), one_turn(), one_turn(), two_turns()])
+    padded = module.forward_train({"tokens": collate(sequences, range(4))})[LOGPROBS]
+    assert module.pack()
+    packed = module.forward_train({"tokens": collate(sequences, range(4), packed=True)})[LOGPROBS]
+    assert torch.allclose(padded, packed, atol=1e-6)
+    row = collate(sequences, range(4), packed=True)
+    seeing = module.forward_train({"tokens": replace(row, lengths=None)})[LOGPROBS]
+    assert not torch.allclose(padded, seeing, atol=1e-3)  # the mistake would show
+
+
+def test_checkpointed_activations_keep_the_bounds():
+    sequences = token_sequences([two_turns(), one_turn()])
+    row = collate(sequences, range(2), packed=True)
+    gradients = []
+    for checkpointing in (False, True):
+        module = tiny_module()
+        assert module.pack()
+        module.model.train()
+        if checkpointing:
+            module.model.gradient_checkpointing_enable()
+        module.forward_train({"tokens": row})[LOGPROBS].sum().backward()
+        gradients.append([p.grad for p in module.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        {"model_type": "gemma2", "head_dim": 8},
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8},
+    ],
+)
+def test_a_model_with_a_sliding_window_is_padded(why):
+    assert not tiny_module(**why).pack()
+
+
+def test_a_model_that_ignores_the_bounds_is_found_out():
+    module = tiny_module()
+    forward = module.model.get_decoder().forward
+
+    def deaf(*args, packed_lengths=None, packed_bounds=None, **kwargs):
+        return forward(*args, **kwargs)
+
+    module.model.get_decoder().forward = deaf
+    before = module.model.config._attn_implementation
+    assert not module.pack()
+    assert module.model.config._attn_implementation == before
+
+
+def tiny_module(**changes):
+    model = {
+        "model_type": "qwen2",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 300,
+        "initializer_range": 0.3,
+        **changes,
+    }
+    settings = {"model": model, "tokenizer": None, "dtype": "float32", "seed": 0}
+    return LLMModule(model_config={**settings, "temperature": 1.0})
