@@ -52,7 +52,7 @@ def packed_attention(
 
         longest = max(packed_lengths)
         q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
-        out_THD = varlen_attn(
+        out_THD: Tensor = varlen_attn(
             q_THD,
             k_THD,
             v_THD,
@@ -64,7 +64,7 @@ def packed_attention(
             window_size=(-1, 0),
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return out_THD[None], None
+        return out_THD.unsqueeze(0), None
     runs = [(length, len(list(same))) for length, same in groupby(packed_lengths)]
     # `split`, not slices: the gradient of each slice would be a row of zeros as long as all of it.
     parts = [x[0].split([n * length for length, n in runs], dim=1) for x in (query, key, value)]

@@ -9,6 +9,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,8 +67,10 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The batch on a device."""
-        values = (getattr(self, name) for name in self.__slots__)
-        return TokenBatch(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        return TokenBatch(
+            **{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+        )
 
 
 def token_sequences(trajectories: Sequence[Trajectory]) -> list[TokenSequence]:
