@@ -52,7 +52,7 @@ def packed_attention(
 
         longest = max(packed_lengths)
         q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
-        out_THD: Tensor = varlen_attn(
+        out_THD: Any = varlen_attn(
             q_THD,
             k_THD,
             v_THD,

@@ -68,9 +68,10 @@ class TokenBatch:
     def to(self, device: torch.device | str) -> TokenBatch:
         """The batch on a device."""
         values: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
-        return TokenBatch(
-            **{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
-        )
+        moved: dict[str, Any] = {
+            name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()
+        }
+        return TokenBatch(**moved)
 
 
 def token_sequences(trajectories: Sequence[Trajectory]) -> list[TokenSequence]:
