@@ -15,6 +15,7 @@ from rllib_gtpo.ops.advantages import ESTIMATORS
 from rllib_gtpo.ops.losses import Objective
 from rllib_gtpo.rewards.embedders import build_embedder
 from rllib_gtpo.rewards.shaping import INPUTS, MODES, ON_FAILURE
+from rllib_gtpo.tools.shipping import refuse_unserialisable
 
 if TYPE_CHECKING:
     from rllib_gtpo.config import GTPOConfig
@@ -56,6 +57,7 @@ def check(config: GTPOConfig) -> None:
     _groups(config)
     _evaluation(config)
     _without_effect(config)
+    refuse_unserialisable(config.env, config.env_config or {})
     config.build_objective()
 
 

@@ -30,8 +30,17 @@ from rllib_gtpo.data import load_tasks
 from rllib_gtpo.errors import DataError, EnvironmentFault
 from rllib_gtpo.rewards.rubric import Rubric
 from rllib_gtpo.tools.run import run_calls
-from rllib_gtpo.tools.schema import Tool
-from rllib_gtpo.types import Group, Message, Observation, StopReason, Task, Trajectory, Turn
+from rllib_gtpo.tools.schema import Tool, ToolSchemaError
+from rllib_gtpo.types import (
+    Group,
+    Message,
+    Observation,
+    StopReason,
+    Task,
+    ToolError,
+    Trajectory,
+    Turn,
+)
 
 Components = Mapping[str, float]
 
@@ -62,14 +71,26 @@ def task_id(task: Task) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _all_invalid(trajectory: Trajectory, turns: int) -> bool:
+    """Whether each of the last `turns` turns has calls, and all of them are invalid."""
+    last = trajectory.turns[-turns:]
+    return len(last) == turns and all(
+        turn.calls and all(result.error is ToolError.INVALID for result in turn.results)
+        for turn in last
+    )
+
+
 class ToolEnv(gym.Env[Any, Any]):
     """Base class of tool tasks.  Override `tasks`, `prompt`, `reward`; the rest is optional."""
 
-    tools: ClassVar[Sequence[Callable[..., Any] | Tool]] = ()
+    tools: ClassVar[Sequence[Callable[..., Any] | Tool | str]] = ()  # see docs/tools.md
     max_turns: ClassVar[int] = 8
+    max_invalid_calls: int | None = (
+        None  # turns in a row with nothing but invalid calls that end it
+    )
     system: ClassVar[str | None] = None  # system message of every conversation
-    tool_timeout: float = 30.0
-    tool_output_chars: int = 8192
+    tool_timeout: float = 30.0  # seconds, of tools without a limit of their own
+    tool_output_chars: int = 8192  # what the policy sees of a result; the middle is left out
 
     observation_space = ChatSpace()
     action_space = ChatSpace()
@@ -80,7 +101,7 @@ class ToolEnv(gym.Env[Any, Any]):
         self.rubric = Rubric()
         self.call_format: CallFormat = call_format("hermes")
         self.trajectory: Trajectory | None = None
-        self._tools = {tool.name: tool for tool in map(self._as_tool, self.tools)}
+        self._tools = self._by_name(self.tools)
 
     # What a task overrides.
 
@@ -238,6 +259,8 @@ class ToolEnv(gym.Env[Any, Any]):
             return StopReason.ANSWER
         if self.done(trajectory, trajectory.task):
             return StopReason.ENV_DONE
+        if self.max_invalid_calls is not None and _all_invalid(trajectory, self.max_invalid_calls):
+            return StopReason.INVALID_CALLS
         return StopReason.MAX_TURNS if len(trajectory.turns) >= self.turn_limit else None
 
     def _turn_of(self, text: str) -> Turn:
@@ -246,10 +269,25 @@ class ToolEnv(gym.Env[Any, Any]):
             0, text=text, content=parsed.content, thinking=parsed.thinking, calls=parsed.calls
         )
 
-    def _as_tool(self, tool: Callable[..., Any] | Tool) -> Tool:
+    def _by_name(self, given: Iterable[Callable[..., Any] | Tool | str]) -> dict[str, Tool]:
+        tools: dict[str, Tool] = {}
+        origins: dict[str, Any] = {}
+        for origin in given:
+            tool = self._as_tool(origin)
+            if tool.name in tools:
+                raise ToolSchemaError(
+                    f"{type(self).__name__}.tools has two tools named {tool.name!r}: "
+                    f"{origins[tool.name]!r} and {origin!r}.  Rename one: @tool(name=...)."
+                )
+            tools[tool.name], origins[tool.name] = tool, origin
+        return tools
+
+    def _as_tool(self, tool: Callable[..., Any] | Tool | str) -> Tool:
         """A function is a tool; a function of the class body is a method, so it is bound first."""
         if isinstance(tool, Tool):
             return tool
+        if isinstance(tool, str):
+            return Tool.from_path(tool)
         name = getattr(tool, "__name__", "")
         is_method = inspect.getattr_static(type(self), name, None) is tool
         return Tool.from_function(getattr(self, name) if is_method else tool)

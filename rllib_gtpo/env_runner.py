@@ -357,6 +357,8 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         env.call_format = self.codec.call_format
         if self.config.max_turns is not None:
             env.turn_limit = self.config.max_turns
+        if self.config.max_invalid_calls is not None:
+            env.max_invalid_calls = self.config.max_invalid_calls
         return env
 
     def make_module(self) -> None:

@@ -9,7 +9,8 @@ from rllib_gtpo.env import task_id
 from rllib_gtpo.errors import DataError, EnvironmentFault, RewardError
 from rllib_gtpo.rewards import Rubric
 from rllib_gtpo.text_env import as_tool_env
-from rllib_gtpo.types import Group, StopReason, Turn
+from rllib_gtpo.tools import ToolSchemaError, tool
+from rllib_gtpo.types import Group, StopReason, ToolError, Turn
 
 
 def search(query: str) -> str:
@@ -148,11 +149,109 @@ class TestSteps:
         assert one.step(call)[0].messages[0]["content"] == "4"
         assert other.step(call)[0].messages[0]["content"] == "2"
 
+    def test_two_tools_of_one_name_are_refused_with_both(self):
+        def other(query: str) -> str:
+            """Search elsewhere."""
+
+        other.__name__ = "search"
+
+        class Twice(Handbook):
+            tools = [search, other]
+
+        with pytest.raises(
+            ToolSchemaError, match=r"Twice.tools has two tools named 'search': <f.*> and <f.*>\."
+        ):
+            Twice()
+
+    def test_a_tool_may_be_named_by_its_module(self):
+        class Sums(ToolEnv):
+            tools = ["tests.tasks:add"]
+
+        env = started(Sums())
+        call = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>'
+        assert env.step(call)[0].messages[0]["content"] == "5"
+
+    def test_a_tools_own_limits_go_before_the_environments(self):
+        class Slow(Handbook):
+            tool_timeout = 60.0
+            tool_output_chars = 10
+
+            @tool(timeout=0.05)
+            async def wait(self) -> str:
+                """Wait."""
+                await asyncio.sleep(60)
+
+            @tool(output_chars=500)
+            def talk(self) -> str:
+                """Talk."""
+                return "x" * 900
+
+            def mutter(self) -> str:
+                """Mutter."""
+                return "x" * 900
+
+            tools = [wait, talk, mutter]
+
+        env = started(Slow())
+        names = ("wait", "talk", "mutter")
+        calls = [f'<tool_call>{{"name": "{n}", "arguments": {{}}}}</tool_call>' for n in names]
+        contents = [m["content"] for m in env.step("".join(calls))[0].messages]
+        results = env.trajectory.turns[0].results
+        assert [r.error for r in results] == [ToolError.TIMEOUT, None, None]
+        assert results[0].seconds < 5 and [len(c) for c in contents] == [10, 500, 10]
+
     def test_works_where_a_loop_is_running(self):
         async def notebook():
             return started(Handbook()).step("Paris")[1]
 
         assert asyncio.run(notebook()) == pytest.approx(0.9)
+
+
+INVALID = '<tool_call>{"name": "serach", "arguments": {}}</tool_call>'
+
+
+class TestInvalidCalls:
+    class Strict(Handbook):
+        max_turns = 20
+        max_invalid_calls = 2
+
+    @pytest.mark.parametrize(
+        ("turns", "ends_after"),
+        [
+            ([INVALID, INVALID, INVALID], 2),
+            ([INVALID, CALL % "x", INVALID, INVALID], 4),
+            ([CALL % "boom", CALL % "boom", CALL % "boom"], None),  # it raises: that is valid
+            ([INVALID + CALL % "x", INVALID + CALL % "x", INVALID], None),  # not all of a turn's
+            (["<tool_call>{", INVALID], 2),
+        ],
+    )
+    def test_only_turns_in_a_row_end_it(self, turns, ends_after):
+        env = started(self.Strict())
+        for number, turn in enumerate(turns, start=1):
+            _, reward, terminated, truncated, _ = env.step(turn)
+            assert not terminated and truncated == (number == ends_after)
+            if truncated:
+                break
+        if ends_after is None:
+            assert env.trajectory.stop_reason is None
+        else:
+            assert len(env.trajectory.turns) == ends_after
+            assert env.trajectory.stop_reason is StopReason.INVALID_CALLS
+            assert env.trajectory.truncated and env.trajectory.answer is None
+            assert not env.trajectory.broken and reward == pytest.approx(-0.1)
+
+    def test_by_default_there_is_no_limit_but_the_turns(self):
+        env = started(Handbook())
+        for _ in range(3):
+            env.step(INVALID)
+        assert env.trajectory.stop_reason is StopReason.MAX_TURNS
+
+    def test_it_goes_before_the_limit_of_turns(self):
+        env = started(self.Strict())
+        env.turn_limit = 2
+        env.step(INVALID)
+        env.step(INVALID)
+        assert env.trajectory.stop_reason is StopReason.INVALID_CALLS
 
 
 class TestRewards:

@@ -9,17 +9,21 @@ def _marker(count: int, unit: str) -> str:
 
 def clip(text: str, limit: int) -> str:
     """Shorten `text` to at most `limit` characters, keeping its head and tail around a marker."""
-    if len(text) <= limit:
-        return text
-    room = limit - len(_marker(len(text), "characters"))
+    return join_ends(text, text, len(text), limit)
+
+
+def join_ends(head: str, tail: str, total: int, limit: int) -> str:
+    """`clip` of a text of `total` characters that begins with `head` and ends with `tail`.
+
+    Both have at least `limit` characters, or are the whole text.
+    """
+    if total <= limit:
+        return head
+    room = limit - len(_marker(total, "characters"))
     if room <= 0:
-        return text[:limit]
-    head, tail = room - room // 2, room // 2
-    return (
-        text[:head]
-        + _marker(len(text) - head - tail, "characters")
-        + text[len(text) - tail : len(text)]
-    )
+        return head[:limit]
+    first, last = room - room // 2, room // 2
+    return head[:first] + _marker(total - first - last, "characters") + tail[len(tail) - last :]
 
 
 class Output:

@@ -1,78 +1,79 @@
 """Running tool calls.  Whatever a tool does becomes a `ToolResult`; nothing here raises for it.
 
-Only a machine that cannot run code at all raises: that says nothing about the policy.
+Only a tool that cannot work here at all (no sandbox, no server) raises: that says nothing about
+the policy.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from rllib_gtpo.errors import EnvironmentFault
 from rllib_gtpo.sandbox.limits import SandboxUnavailable
 from rllib_gtpo.sandbox.output import clip
 from rllib_gtpo.tools.schema import Tool
+from rllib_gtpo.tools.text import is_quick, to_text
 from rllib_gtpo.tools.threads import start
 from rllib_gtpo.types import ToolCall, ToolError, ToolResult
 
+BROKEN = (SandboxUnavailable, EnvironmentFault)  # what is no fault of the policy
 Outcome = tuple[ToolResult | None, BaseException | None]  # a result, or what must propagate
 
 
-def to_text(value: Any) -> str:
-    """What the policy sees of a tool's return value: a string as it is, all else as JSON.
-
-    What JSON cannot express appears as its `repr`.
-    """
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
-    try:
-        return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
-    except (TypeError, ValueError, RecursionError):
-        return repr(value)
-
-
-def _result(tool: Tool, value: Any) -> ToolResult:
+def _result(tool: Tool, value: Any, limit: int) -> ToolResult:
     """A tool may also return a ToolResult, to say itself that something failed."""
     if isinstance(value, ToolResult):
-        return ToolResult(tool.name, to_text(value.content), value.error)
-    return ToolResult(tool.name, to_text(value))
+        return ToolResult(tool.name, to_text(value.content, limit), value.error)
+    return ToolResult(tool.name, to_text(value, limit))
 
 
-def _raised(tool: Tool, error: BaseException) -> ToolResult:
-    kind = type(error).__name__
+def _raised(tool: Tool, error: BaseException, limit: int) -> ToolResult:
+    text = f"Error: {type(error).__name__}"
     try:
-        message = to_text(str(error))
+        message = to_text(str(error), max(0, limit - len(text) - 2))
     except Exception:
         message = ""
-    text = f"Error: {kind}: {message}" if message else f"Error: {kind}"
-    return ToolResult(tool.name, text, ToolError.RAISED)
+    return ToolResult(tool.name, f"{text}: {message}" if message else text, ToolError.RAISED)
 
 
-def _call(tool: Tool, arguments: Mapping[str, Any]) -> Outcome:
+def _call(tool: Tool, arguments: Mapping[str, Any], limit: int) -> Outcome:
     """Call a synchronous tool, in a thread."""
     try:
-        return _result(tool, tool.fn(**tool.convert(arguments))), None
-    except (KeyboardInterrupt, SandboxUnavailable) as error:
+        return _result(tool, tool.fn(**tool.convert(arguments)), limit), None
+    except BROKEN as error:
         return None, error
     except BaseException as error:
-        return _raised(tool, error), None
+        return _raised(tool, error, limit), None
 
 
-async def _acall(tool: Tool, arguments: Mapping[str, Any]) -> Outcome:
+async def _acall(tool: Tool, arguments: Mapping[str, Any], limit: int) -> Outcome:
     """Call an asynchronous tool, in a task of its own."""
     try:
-        return _result(tool, await tool.fn(**tool.convert(arguments))), None
-    except (KeyboardInterrupt, SandboxUnavailable) as error:
+        value = await tool.fn(**tool.convert(arguments))
+        if isinstance(value, ToolResult) or is_quick(value):
+            return _result(tool, value, limit), None
+        constant = replace(tool, fn=lambda: value)  # to write it may take a while
+        outcome: Outcome = await start(
+            lambda: _call(constant, {}, limit), asyncio.get_running_loop()
+        )
+        return outcome
+    except BROKEN as error:
         return None, error
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise
-        return _raised(tool, error), None  # the tool's own doing
+        return _raised(tool, error, limit), None  # the tool's own doing
     except BaseException as error:
-        return _raised(tool, error), None
+        user = threading.current_thread() is threading.main_thread()
+        if isinstance(error, KeyboardInterrupt) and user:
+            return None, error  # Ctrl-C comes to whatever runs there
+        return _raised(tool, error, limit), None
 
 
 async def run_tool(
@@ -90,8 +91,9 @@ async def run_tool(
         included), TIMEOUT if it did not return.  Content beyond `output_chars` loses its middle.
 
     Raises:
-        KeyboardInterrupt: As the tool raised it.
-        SandboxUnavailable: Code cannot be run here, for which the policy must not be blamed.
+        KeyboardInterrupt: It came to an asynchronous tool in the main thread: the user's Ctrl-C.
+        SandboxUnavailable, EnvironmentFault: The tool cannot work here, for which the policy must
+            not be blamed.
         asyncio.CancelledError: The caller was cancelled.
     """
     seconds = timeout if tool.timeout is None else tool.timeout
@@ -100,9 +102,9 @@ async def run_tool(
     began = time.perf_counter()
     future: asyncio.Future[Outcome]
     if tool.is_async:
-        future = loop.create_task(_acall(tool, arguments))
+        future = loop.create_task(_acall(tool, arguments, limit))
     else:
-        future = start(lambda: _call(tool, arguments), loop)
+        future = start(lambda: _call(tool, arguments, limit), loop)
     try:
         done, _ = await asyncio.wait((future,), timeout=seconds)
     except BaseException:

@@ -1,27 +1,33 @@
-"""A plain typed function is a tool: its name, docstring and types become a JSON schema."""
+"""A plain typed function is a tool: its name, docstring and types become a JSON schema.
+
+The schema of the types is transformers' (`get_json_schema`), as models have seen it in training.
+That function wants a docstring in Google style with a text for every parameter; here a docstring
+may also describe parameters inline, some or none, and what has no exact schema is refused.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from weakref import WeakKeyDictionary
 
 from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.tools.arguments import JSON_TYPES, convert_floats, find_problem
 
-JSON_TYPES: dict[Any, str] = {
-    str: "string",
-    int: "integer",
-    float: "number",
-    bool: "boolean",
-    type(None): "null",
-    list: "array",
-    dict: "object",
-}
 SECTIONS = re.compile(r"^\s*(Args|Arguments|Returns|Raises|Yields|Examples?):\s*$", re.MULTILINE)
+_OPTIONS = "__tool_options__"  # where `tool` notes its arguments, on the function
+_NO_TEXT = "-"
+
+_Signature = tuple[str, dict[str, Any], bool]
+_known: WeakKeyDictionary[Any, dict[tuple[str, bool], _Signature]] = WeakKeyDictionary()
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ToolSchemaError(ConfigError):
@@ -40,6 +46,17 @@ class Tool:
     timeout: float | None = None  # seconds; None: the environment's
     output_chars: int | None = None  # what the policy sees at most; None: the environment's
 
+    def __post_init__(self) -> None:
+        for option, kinds in (("timeout", (int, float)), ("output_chars", (int,))):
+            value = getattr(self, option)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+                what = "a whole number" if kinds == (int,) else "a number"
+                raise ToolSchemaError(
+                    f"Tool '{self.name}': {option}={value!r} must be {what} above 0, or None."
+                )
+
     @classmethod
     def from_function(
         cls,
@@ -54,27 +71,48 @@ class Tool:
         Parameters need annotations made of str, int, float, bool, None, Any, Literal, list[...],
         dict[str, ...] and unions of these; one with a default is optional.  The docstring's text
         is the description.  `name: text` in it, inline after a sentence or under a Google-style
-        `Args:`, describes a parameter.
+        `Args:`, describes a parameter.  What is not given here is what `tool` says, if anything.
 
         Raises:
             ToolSchemaError: The signature cannot be a schema.
         """
-        name = name or getattr(fn, "__name__", None)
+        options = getattr(fn, _OPTIONS, {})
+        name = name or options.get("name") or getattr(fn, "__name__", None)
         if not name or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name):
             raise ToolSchemaError(f"{fn!r} needs a name: Tool.from_function(fn, name=...).")
-        call = fn.func if isinstance(fn, functools.partial) else fn
-        if not inspect.isroutine(call):
-            call = getattr(call, "__call__", call)  # noqa: B004
-        description, texts = _split_docstring(inspect.getdoc(fn) or "", _names(name, fn))
+        description, parameters, is_async = _signature(name, fn)
         return cls(
             name=name,
             description=description,
-            parameters=_parameters(name, fn, call, texts),
+            parameters=parameters,
             fn=fn,
-            is_async=inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(call),
-            timeout=timeout,
-            output_chars=output_chars,
+            is_async=is_async,
+            timeout=options.get("timeout") if timeout is None else timeout,
+            output_chars=options.get("output_chars") if output_chars is None else output_chars,
         )
+
+    @classmethod
+    def from_path(cls, path: str) -> Tool:
+        """Import "package.module:function" and make a tool of it.
+
+        Raises:
+            ToolSchemaError: The module cannot be imported or has no such function.
+        """
+        module, _, attribute = path.partition(":")
+        if not module or not attribute:
+            raise ToolSchemaError(f"Tool {path!r}: write 'package.module:function'.")
+        try:
+            found: Any = importlib.import_module(module)
+        except (Exception, SystemExit) as error:
+            raise ToolSchemaError(
+                f"Tool {path!r}: importing {module} raised {type(error).__name__}: {error}.  It "
+                "must be importable in every process that runs rollouts."
+            ) from error
+        for part in attribute.split("."):
+            if not hasattr(found, part):
+                raise ToolSchemaError(f"Tool {path!r}: {module} has no {attribute!r}.")
+            found = getattr(found, part)
+        return found if isinstance(found, Tool) else cls.from_function(found)
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -90,35 +128,53 @@ class Tool:
 
     def check(self, arguments: Mapping[str, Any]) -> str | None:
         """Why `arguments` violate the schema, or None.  Only an int may stand for a float."""
-        properties = self.parameters["properties"]
-        missing = [n for n in self.parameters["required"] if n not in arguments]
-        if missing:
-            return f"missing argument{_s(missing)} {_quote(missing)} of tool '{self.name}'"
-        unknown = [n for n in arguments if n not in properties]
-        if unknown:
-            known = _quote(properties) if properties else "none"
-            return (
-                f"unknown argument{_s(unknown)} {_quote(unknown)} of tool '{self.name}', "
-                f"which takes: {known}"
-            )
-        for key, value in arguments.items():
-            problem = _check(value, properties[key])
-            if problem:
-                return f"argument '{key}' of tool '{self.name}' {problem}"
-        return None
+        return find_problem(self.name, self.parameters, arguments)
 
     def convert(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments that passed `check`, with each int that stands for a float made one."""
-        properties = self.parameters["properties"]
-        return {key: _convert(value, properties.get(key, {})) for key, value in arguments.items()}
+        return convert_floats(self.parameters, arguments)
 
 
-def _s(items: list[str]) -> str:
-    return "s" if len(items) > 1 else ""
+def tool(
+    *, name: str | None = None, timeout: float | None = None, output_chars: int | None = None
+) -> Callable[[F], F]:
+    """A decorator: the name or limits of a function or method as a tool; it stays a function.
+
+    Args:
+        name: What the policy calls it; None: the function's name.
+        timeout: Seconds until a call is given up; None: the environment's `tool_timeout`.
+        output_chars: Most characters that the policy sees; None: its `tool_output_chars`.
+    """
+
+    def mark(fn: F) -> F:
+        setattr(fn, _OPTIONS, {"name": name, "timeout": timeout, "output_chars": output_chars})
+        return fn
+
+    return mark
 
 
-def _quote(names: Any) -> str:
-    return ", ".join(f"'{name}'" for name in names)
+def _signature(name: str, fn: Callable[..., Any]) -> _Signature:
+    """Description, parameters, and whether it is a coroutine function.
+
+    Every trajectory has an environment of its own, so those of functions and methods are kept.
+    """
+    key = getattr(fn, "__func__", fn)
+    if not inspect.isfunction(key):
+        return _read_signature(name, fn)
+    known = _known.setdefault(key, {})
+    what = (name, inspect.ismethod(fn))
+    if what not in known:
+        known[what] = _read_signature(name, fn)
+    return known[what]
+
+
+def _read_signature(name: str, fn: Callable[..., Any]) -> _Signature:
+    call = fn.func if isinstance(fn, functools.partial) else fn
+    if not inspect.isroutine(call):
+        call = getattr(call, "__call__", call)  # noqa: B004
+    description, texts = _split_docstring(inspect.getdoc(fn) or "", _names(name, fn))
+    is_async = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(call)
+    return description, _parameters(name, fn, call, texts), is_async
 
 
 def _names(tool: str, fn: Callable[..., Any]) -> list[str]:
@@ -132,7 +188,7 @@ def _split_docstring(doc: str, names: list[str]) -> tuple[str, dict[str, str]]:
     """The description of the tool, and the text of each parameter that has one."""
     texts: dict[str, str] = {}
     if not names:
-        return _squeeze(SECTIONS.split(doc)[0]), texts
+        return SECTIONS.split(doc)[0].strip(), texts
     # A marker begins a line or follows the end of a clause, so that prose with a colon is none.
     alternatives = "|".join(map(re.escape, names))
     marker = re.compile(
@@ -142,13 +198,9 @@ def _split_docstring(doc: str, names: list[str]) -> tuple[str, dict[str, str]]:
     ends = [m.start() for m in found[1:]] + [len(doc)]
     for match, end in zip(found, ends, strict=False):
         text = SECTIONS.split(doc[match.end() : end])[0].split("\n\n")[0]
-        texts.setdefault(match.group(1), _squeeze(text).rstrip(",;"))
+        texts.setdefault(match.group(1), " ".join(text.split()).rstrip(",;"))
     head = doc[: found[0].start()] if found else doc
-    return _squeeze(SECTIONS.split(head)[0]), texts
-
-
-def _squeeze(text: str) -> str:
-    return " ".join(text.split())
+    return SECTIONS.split(head)[0].strip(), texts
 
 
 def _parameters(
@@ -162,9 +214,8 @@ def _parameters(
             f"Tool '{tool}': its annotations cannot be evaluated ({error}); import what they name "
             "at module level."
         ) from error
-    properties: dict[str, Any] = {}
-    required = []
-    for name, parameter in inspect.signature(fn).parameters.items():
+    parameters = inspect.signature(fn).parameters
+    for name, parameter in parameters.items():
         where = f"Tool '{tool}', parameter '{name}'"
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise ToolSchemaError(f"{where}: *args and **kwargs have no schema; name each one.")
@@ -172,96 +223,61 @@ def _parameters(
             raise ToolSchemaError(f"{where} is positional-only: tools are called by keyword.")
         if name not in hints:
             raise ToolSchemaError(f"{where} has no annotation: write {name}: str (or its type).")
-        schema = _schema_of(hints[name], where)
-        if name in texts:
-            schema["description"] = texts[name]
-        if parameter.default is parameter.empty:
-            required.append(name)
-        elif parameter.default is None or isinstance(parameter.default, (str, int, float, bool)):
-            schema["default"] = parameter.default
-        properties[name] = schema
-    return {"type": "object", "properties": properties, "required": required}
+        _refuse_without_schema(hints[name], where)
+    schema = _json_schema(tool, parameters, hints, texts)
+    for name, parameter in parameters.items():
+        default = parameter.default
+        if default is None or isinstance(default, (str, int, float, bool)):
+            schema["properties"][name]["default"] = default
+    return schema
 
 
-def _schema_of(hint: Any, where: str) -> dict[str, Any]:
-    """The JSON schema of a type."""
-    if hint is Any:
-        return {}
-    if hint in JSON_TYPES:
-        return {"type": JSON_TYPES[hint]}
+def _json_schema(
+    tool: str,
+    parameters: Mapping[str, inspect.Parameter],
+    hints: Mapping[str, Any],
+    texts: Mapping[str, str],
+) -> dict[str, Any]:
+    """transformers' schema of a function with these types and descriptions."""
+    from transformers.utils import get_json_schema  # here, for it takes a second to import
+
+    def stand_in() -> None:
+        pass
+
+    stand_in.__name__ = tool
+    stand_in.__annotations__ = {name: hints[name] for name in parameters}
+    stand_in.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(annotation=hints[name]) for name, p in parameters.items()]
+    )
+    lines = "\n".join(f"    {name}: {texts.get(name) or _NO_TEXT}" for name in parameters)
+    stand_in.__doc__ = f"{tool}\n\nArgs:\n{lines}\n"
+    try:
+        schema: dict[str, Any] = get_json_schema(stand_in)["function"]["parameters"]
+    except Exception as error:
+        raise ToolSchemaError(f"Tool '{tool}' has no schema: {error}") from error
+    for name, own in schema["properties"].items():
+        text = texts.get(name)
+        if not text:
+            del own["description"]
+        elif "(choices:" not in text.lower():  # an enum, which get_json_schema takes out
+            own["description"] = text
+    return schema
+
+
+def _refuse_without_schema(hint: Any, where: str) -> None:
+    """Raises for a type for which there is no exact schema."""
     origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        kinds = list(dict.fromkeys(JSON_TYPES[type(a)] for a in args if type(a) in JSON_TYPES))
-        if len(kinds) == 1:
-            return {"type": kinds[0], "enum": list(args)}
-        return {"enum": list(args)}
-    if origin is list:
-        return {"type": "array", "items": _schema_of(args[0], where)}
+    if hint is Any or hint in JSON_TYPES:
+        return
+    if origin is Literal and all(a is None or type(a) in (str, int, float, bool) for a in args):
+        return
+    if origin is list or origin in (Union, types.UnionType):
+        for part in args:
+            _refuse_without_schema(part, where)
+        return
     if origin is dict and args[0] is str:
-        return {"type": "object", "additionalProperties": _schema_of(args[1], where)}
-    if origin in (Union, types.UnionType):
-        return {"anyOf": [_schema_of(a, where) for a in args]}
+        return _refuse_without_schema(args[1], where)
     raise ToolSchemaError(
         f"{where}: {hint!r} has no JSON schema here; use str, int, float, bool, None, Any, "
         "Literal, list[...], dict[str, ...] or a union of these."
     )
-
-
-def _is(value: Any, kind: str) -> bool:
-    if isinstance(value, bool):
-        return kind == "boolean"
-    if kind == "number":
-        return isinstance(value, (int, float))
-    return any(isinstance(value, t) for t, name in JSON_TYPES.items() if name == kind)
-
-
-def _check(value: Any, schema: Mapping[str, Any]) -> str | None:
-    """What is wrong with `value`, as the rest of a sentence."""
-    if "anyOf" in schema:
-        if any(_check(value, option) is None for option in schema["anyOf"]):
-            return None
-        return f"must be {_expected(schema)}, got {_describe(value)}"
-    if "type" in schema and not _is(value, schema["type"]):
-        return f"must be {_expected(schema)}, got {_describe(value)}"
-    if "enum" in schema and not any(type(e) is type(value) and e == value for e in schema["enum"]):
-        return f"must be {_expected(schema)}, got {_describe(value)}"
-    if isinstance(value, list) and "items" in schema:
-        for index, item in enumerate(value):
-            if problem := _check(item, schema["items"]):
-                return f"[{index}] {problem}"
-    if isinstance(value, dict) and "additionalProperties" in schema:
-        for key, item in value.items():
-            if problem := _check(item, schema["additionalProperties"]):
-                return f"[{key!r}] {problem}"
-    return None
-
-
-def _expected(schema: Mapping[str, Any]) -> str:
-    if "anyOf" in schema:
-        return " or ".join(_expected(option) for option in schema["anyOf"])
-    if "enum" in schema:
-        return "one of " + ", ".join(map(repr, schema["enum"]))
-    return str(schema.get("type", "anything"))
-
-
-def _describe(value: Any) -> str:
-    kind = next((k for k in JSON_TYPES.values() if k != "number" and _is(value, k)), "")
-    kind = "number" if isinstance(value, float) else kind or type(value).__name__
-    text = repr(value)
-    return f"{kind} {text if len(text) <= 40 else text[:37] + '...'}"
-
-
-def _convert(value: Any, schema: Mapping[str, Any]) -> Any:
-    if schema.get("type") == "number" and isinstance(value, int):
-        try:
-            return float(value)
-        except OverflowError:
-            return value
-    if isinstance(value, list) and "items" in schema:
-        return [_convert(item, schema["items"]) for item in value]
-    if isinstance(value, dict) and "additionalProperties" in schema:
-        return {k: _convert(item, schema["additionalProperties"]) for k, item in value.items()}
-    for option in schema.get("anyOf", ()):
-        if _check(value, option) is None:
-            return _convert(value, option)
-    return value

@@ -321,3 +321,13 @@ def test_remote_runners_sample_what_a_local_one_samples(adder_model):
         return {(t.group_id, t.member): [turn.token_ids for turn in t.turns] for t in trajectories}
 
     assert tokens(0) == tokens(1)
+
+
+def test_turns_of_nothing_but_invalid_calls_end_a_trajectory(train):
+    algorithm = train(Adder, max_invalid_calls=1)
+    result = algorithm.train()
+    assert 0 < result["stop"]["invalid_calls"] < 1
+    for t in algorithm.learner_group._learner.last_batch.trajectories:
+        assert not any(turn.calls and turn.results[0].error == "invalid" for turn in t.turns[:-1])
+        if t.stop_reason is StopReason.INVALID_CALLS:
+            assert t.turns[-1].results and t.turns[-1].rewards["format"] == -0.1

@@ -1,13 +1,16 @@
 """Running tools: whatever they do becomes a result."""
 
 import asyncio
+import re
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import pytest
 
+from rllib_gtpo.errors import EnvironmentFault
 from rllib_gtpo.sandbox import Limits, SandboxUnavailable, Status
 from rllib_gtpo.tools import PythonSession, Tool, run_calls, run_tool, to_tool_result
 from rllib_gtpo.tools.python import shared_sandbox
@@ -90,9 +93,22 @@ def test_a_raise_is_a_result(fn, content):
         assert (result.error, result.content) == (ToolError.RAISED, content)
 
 
-def test_keyboard_interrupt_propagates():
-    for fn in both(raiser(KeyboardInterrupt())):
-        with pytest.raises(KeyboardInterrupt):
+def test_a_keyboard_interrupt_is_the_tools_own_unless_it_may_be_the_users():
+    synchronous, asynchronous = both(raiser(KeyboardInterrupt()))
+    assert run(synchronous).content == "Error: KeyboardInterrupt"
+    with pytest.raises(KeyboardInterrupt):  # Ctrl-C comes to whatever the main thread runs
+        run(asynchronous)
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(run(asynchronous)))
+    thread.start()
+    thread.join()
+    assert seen[0].content == "Error: KeyboardInterrupt"
+
+
+@pytest.mark.parametrize("error", [SandboxUnavailable("none"), EnvironmentFault("none")])
+def test_what_the_policy_is_not_to_blame_for_propagates(error):
+    for fn in both(raiser(error)):
+        with pytest.raises(type(error), match="none"):
             run(fn)
 
 
@@ -136,7 +152,65 @@ def test_long_output_loses_its_middle():
     for fn in [lambda: "a" * 900 + "b" * 900, raiser(ValueError("a" * 900 + "b" * 900))]:
         result = run(fn, output_chars=200)
         assert len(result.content) == 200 and result.content.endswith("bbb")
-        assert "characters omitted" in result.content
+        assert len(re.findall(r"\[1[67]\d\d characters omitted\]", result.content)) == 1
+
+
+HUNDRED_MB = 100_000_000
+
+
+@pytest.mark.parametrize("kind", ["text", "bytes", "json", "message"])
+def test_a_hundred_megabytes_cost_neither_memory_nor_time(kind):
+    def fn():
+        if kind == "bytes":
+            return b"a" + b"x" * HUNDRED_MB + b"z"
+        text = "a" + "x" * HUNDRED_MB + "z"
+        if kind == "message":
+            raise ValueError(text)
+        return [text] if kind == "json" else text
+
+    for variant in both(fn):
+        tracemalloc.start()
+        began = time.perf_counter()
+        result = run(variant, timeout=20, output_chars=8192)
+        seconds = time.perf_counter() - began
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(result.content) <= 8192 and "omitted] ..." in result.content
+        assert "axxx" in result.content[:30] and "xxz" in result.content[-5:]
+        # The value itself, a piece or two of it, and for JSON the quoted string.
+        assert peak < (4.1 if kind == "json" else 2.1) * HUNDRED_MB
+        assert seconds < 5  # 0.2 s on an idle core
+
+
+def test_a_long_list_is_written_while_the_others_go_on():
+    async def main():
+        async def numbers():
+            return list(range(1_000_000))
+
+        tool = Tool.from_function(numbers, name="numbers")
+        longest = 0.0
+
+        async def tick():
+            nonlocal longest
+            while True:
+                began = time.perf_counter()
+                await asyncio.sleep(0.001)
+                longest = max(longest, time.perf_counter() - began)
+
+        ticker = asyncio.create_task(tick())
+        result = await run_tool(tool, {}, timeout=60, output_chars=100)
+        ticker.cancel()
+        return result, longest
+
+    result, longest = asyncio.run(main())
+    assert result.content.startswith("[0, 1, 2, ") and result.content.endswith("999998, 999999]")
+    assert "[7888828 characters omitted]" in result.content
+    assert longest < result.seconds / 2
+
+
+def test_lone_surrogates_in_a_long_text_do_not_make_it_longer():
+    assert run(lambda: "\ud800" * 500, output_chars=100).content.startswith("????")
+    assert len(run(lambda: "\ud800" * 99, output_chars=100).content) == 100
 
 
 def test_ints_reach_float_parameters_as_floats():

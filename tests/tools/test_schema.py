@@ -1,12 +1,14 @@
 """A typed function's schema, and what violates it."""
 
 import functools
+import sys
 from typing import Any, Literal, Optional
 
 import pytest
+from transformers.utils import get_json_schema
 
 from rllib_gtpo.errors import ConfigError
-from rllib_gtpo.tools import Tool, ToolSchemaError
+from rllib_gtpo.tools import Tool, ToolSchemaError, tool
 
 
 def search(query: str, limit: int = 3) -> str:
@@ -77,7 +79,7 @@ def test_google_docstring():
         return url * depth
 
     tool = Tool.from_function(fetch)
-    assert tool.description == "Fetch a page. Note: this follows links."
+    assert tool.description == "Fetch a page.\n\nNote: this follows links."
     properties = tool.parameters["properties"]
     assert properties["url"]["description"] == "Where it is, as a full address: with its scheme."
     assert properties["depth"]["description"] == "How far to follow."
@@ -102,7 +104,7 @@ def test_descriptions_may_be_missing():
     assert tool.parameters["properties"]["a"] == {"type": "string"}
     assert tool.parameters["properties"]["b"] == {"type": "string", "description": "the second."}
     tool = Tool.from_function(none)
-    assert tool.parameters == {"type": "object", "properties": {}, "required": []}
+    assert tool.parameters == {"type": "object", "properties": {}}
     assert tool.check({}) is None
 
 
@@ -120,9 +122,9 @@ def test_types():
             "type": "object",
             "additionalProperties": {"type": "array", "items": {"type": "number"}},
         },
-        "either": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+        "either": {"type": ["integer", "string"]},
         "anything": {},
-        "maybe": {"anyOf": [{"type": "number"}, {"type": "null"}], "default": None},
+        "maybe": {"type": "number", "nullable": True, "default": None},
     }
 
 
@@ -134,6 +136,7 @@ def test_types():
         ({"maybe": 1}, None),
         ({"maybe": None}, None),
         ({"either": 1}, None),
+        ({"maybe": "1"}, "must be number or null, got string '1'"),
         ({"text": 1}, "argument 'text' of tool 'everything' must be string, got integer 1"),
         ({"text": None}, "must be string, got null None"),
         ({"number": "1"}, "must be number, got string '1'"),
@@ -164,7 +167,7 @@ def test_literals_of_several_types():
         """Pick."""
 
     tool = Tool.from_function(pick)
-    assert tool.parameters["properties"]["one"] == {"enum": [1, "a"]}
+    assert tool.parameters["properties"]["one"] == {"type": ["integer", "string"], "enum": [1, "a"]}
     assert tool.check({"one": 1}) is tool.check({"one": "a"}) is None
     assert tool.check({"one": True}) and tool.check({"one": 1.0}) and tool.check({"one": "1"})
 
@@ -248,3 +251,158 @@ def test_unsupported_signatures(fn, message):
     with pytest.raises(ToolSchemaError, match=message) as info:
         Tool.from_function(fn)
     assert isinstance(info.value, ConfigError)
+
+
+def weather(city: str, unit: str, days: int | None, at: list[float] | None) -> str:
+    """Tell the weather.
+
+    It is often right.
+
+    Args:
+        city: Where; as a name,
+            or a code.
+        unit: Of the temperature (choices: ["celsius", "kelvin"])
+        days: How many.
+        at: The hours
+            of the day.
+
+    Returns:
+        The weather.
+    """
+
+
+def mix(
+    a: Literal["x", 1],
+    b: dict[str, list[int]],
+    c: int | str | None,
+    d: list[int] | str,
+    e: Any,
+    f: Literal["only"] | None,
+    g: list,
+    h: bool,
+):
+    """Mix.
+
+    Args:
+        a: One.
+        b: Two.
+        c: Three.
+        d: Four.
+        e: Five.
+        f: Six.
+        g: Seven.
+        h: Eight.
+    """
+
+
+def nothing() -> str:
+    """Do nothing."""
+
+
+@pytest.mark.parametrize("fn", [weather, mix, nothing])
+def test_google_docstrings_give_what_transformers_gives(fn):
+    theirs = get_json_schema(fn)
+    theirs["function"].pop("return", None)  # no part of a call, and seldom shown by a template
+    assert Tool.from_function(fn).schema == theirs
+
+
+def test_defaults_are_told_beyond_what_transformers_tells():
+    def pick(n: int = 3, names: list[str] | None = None) -> str:
+        """Pick.
+
+        Args:
+            n: How many.
+            names: Of whom.
+        """
+        return ""
+
+    ours = Tool.from_function(pick).parameters
+    theirs = get_json_schema(pick)["function"]["parameters"]
+    assert {n: p.pop("default") for n, p in ours["properties"].items()} == {"n": 3, "names": None}
+    assert ours == theirs
+
+
+def test_null_and_the_items_of_unions_are_checked():
+    made = Tool.from_function(mix)
+    good = {"a": 1, "b": {}, "c": None, "d": [1], "e": None, "f": None, "g": [1, "a"], "h": True}
+    assert made.check(good) is None
+    assert "'f' of tool 'mix' must be one of 'only' or null" in made.check({**good, "f": "other"})
+    assert "'d' of tool 'mix' must be array or string, got array" in made.check(
+        {**good, "d": ["x"]}
+    )
+    assert "'h' of tool 'mix' must be boolean, got null" in made.check({**good, "h": None})
+
+
+def test_choices_that_are_not_json_are_refused():
+    def drink(what: str):
+        """Drink.  what: it (choices: [tea)"""
+
+    with pytest.raises(ToolSchemaError, match="'drink' has no schema"):
+        Tool.from_function(drink)
+
+
+class TestDecorator:
+    def test_limits_and_name_are_the_tools_and_the_function_stays_one(self):
+        @tool(name="look_up", timeout=5, output_chars=20_000)
+        def search(query: str) -> str:
+            """Search."""
+            return query
+
+        made = Tool.from_function(search)
+        assert (made.name, made.timeout, made.output_chars) == ("look_up", 5, 20_000)
+        assert search("x") == "x"
+        assert Tool.from_function(search, timeout=1).timeout == 1
+
+    def test_methods_keep_it(self):
+        class Box:
+            @tool(timeout=0.5)
+            async def look(self, where: str) -> str:
+                """Look."""
+                return where
+
+        made = Tool.from_function(Box().look)
+        assert made.timeout == 0.5 and made.is_async and list(made.parameters["properties"])
+
+    @pytest.mark.parametrize(
+        "limits", [{"timeout": 0}, {"timeout": "5"}, {"output_chars": 2.5}, {"output_chars": True}]
+    )
+    def test_bad_limits_are_refused(self, limits):
+        with pytest.raises(ToolSchemaError, match=rf"'search': {next(iter(limits))}=.* above 0"):
+            Tool.from_function(search, **limits)
+
+
+class TestPaths:
+    @pytest.fixture
+    def module(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(tmp_path)
+
+        def write(text):
+            (tmp_path / "shop_tools.py").write_text(text)
+            sys.modules.pop("shop_tools", None)
+
+        yield write
+        sys.modules.pop("shop_tools", None)
+
+    def test_a_function_of_a_module(self, module):
+        module("def price(item: str) -> int:\n    'Price.'\n    return len(item)\n")
+        made = Tool.from_path("shop_tools:price")
+        assert made.name == "price" and made.fn("abc") == 3
+
+    @pytest.mark.parametrize(
+        ("text", "path", "message"),
+        [
+            ("1 / 0", "shop_tools:price", "'shop_tools:price': importing shop_tools raised Zero"),
+            (
+                "raise SystemExit(3)",
+                "shop_tools:price",
+                "importing shop_tools raised SystemExit: 3",
+            ),
+            ("", "shop_tools:price", "shop_tools has no 'price'"),
+            ("", "no_such_shop:price", "importing no_such_shop raised ModuleNotFoundError"),
+            ("", "shop_tools.price", "write 'package.module:function'"),
+        ],
+    )
+    def test_what_cannot_be_imported_names_the_tool(self, module, text, path, message):
+        module(text)
+        with pytest.raises(ToolSchemaError, match=message):
+            Tool.from_path(path)
