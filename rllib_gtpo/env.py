@@ -29,6 +29,7 @@ from rllib_gtpo.chat import CallFormat, call_format
 from rllib_gtpo.data import load_tasks
 from rllib_gtpo.errors import DataError, EnvironmentFault
 from rllib_gtpo.rewards.rubric import Rubric
+from rllib_gtpo.tools.mcp import MCPServer, ServerTools
 from rllib_gtpo.tools.run import run_calls
 from rllib_gtpo.tools.schema import Tool, ToolSchemaError
 from rllib_gtpo.types import (
@@ -43,6 +44,8 @@ from rllib_gtpo.types import (
 )
 
 Components = Mapping[str, float]
+ToolSource = Callable[..., Any] | Tool | str | MCPServer
+"""What `tools` may hold: a typed function or method, "package.module:function", a server."""
 
 
 class ChatSpace(gym.Space[Any]):
@@ -83,7 +86,7 @@ def _all_invalid(trajectory: Trajectory, turns: int) -> bool:
 class ToolEnv(gym.Env[Any, Any]):
     """Base class of tool tasks.  Override `tasks`, `prompt`, `reward`; the rest is optional."""
 
-    tools: ClassVar[Sequence[Callable[..., Any] | Tool | str]] = ()  # see docs/tools.md
+    tools: ClassVar[Sequence[ToolSource]] = ()
     max_turns: ClassVar[int] = 8
     max_invalid_calls: int | None = (
         None  # turns in a row with nothing but invalid calls that end it
@@ -101,7 +104,11 @@ class ToolEnv(gym.Env[Any, Any]):
         self.rubric = Rubric()
         self.call_format: CallFormat = call_format("hermes")
         self.trajectory: Trajectory | None = None
-        self._tools = self._by_name(self.tools)
+        self._functions = [
+            (t, self._as_tool(t)) for t in self.tools if not isinstance(t, MCPServer)
+        ]
+        self._servers: list[ServerTools] = []
+        self._known_tools = self._by_name(self._functions)
 
     # What a task overrides.
 
@@ -177,7 +184,7 @@ class ToolEnv(gym.Env[Any, Any]):
     @property
     def has_tools(self) -> bool:
         """Whether the policy can call anything."""
-        return bool(self._tools)
+        return bool(self.tools)
 
     @property
     def tool_schemas(self) -> list[dict[str, Any]]:
@@ -196,6 +203,8 @@ class ToolEnv(gym.Env[Any, Any]):
                 raise DataError(f"{type(self).__name__}.tasks('train') has no rows.")
             task = rows[int(self.np_random.integers(len(rows)))]
         self.trajectory = Trajectory(task=task)
+        for server in self._servers:
+            server.begin_trajectory()
         return Observation(self.first_messages(task), self.tool_schemas), {}
 
     def first_messages(self, task: Task) -> list[Message]:
@@ -269,20 +278,39 @@ class ToolEnv(gym.Env[Any, Any]):
             0, text=text, content=parsed.content, thinking=parsed.thinking, calls=parsed.calls
         )
 
-    def _by_name(self, given: Iterable[Callable[..., Any] | Tool | str]) -> dict[str, Tool]:
+    def close(self) -> None:
+        """What a trajectory leaves is freed; an override calls this, too."""
+        self.close_servers()
+
+    def close_servers(self) -> None:
+        """This environment needs no MCP server any more, or not until its tools are used again."""
+        for server in self._servers:
+            server.close()
+        self._servers = []
+
+    @property
+    def _tools(self) -> dict[str, Tool]:
+        """All tools by name; MCP servers start when they are first needed."""
+        if not self._servers and len(self._functions) < len(self.tools):
+            self._servers = [ServerTools(t, self) for t in self.tools if isinstance(t, MCPServer)]
+            served = [(s.server, tool) for s in self._servers for tool in s.tools]
+            self._known_tools = self._by_name([*self._functions, *served])
+        return self._known_tools
+
+    def _by_name(self, given: Iterable[tuple[ToolSource, Tool]]) -> dict[str, Tool]:
         tools: dict[str, Tool] = {}
-        origins: dict[str, Any] = {}
-        for origin in given:
-            tool = self._as_tool(origin)
+        sources: dict[str, ToolSource] = {}
+        for source, tool in given:
             if tool.name in tools:
                 raise ToolSchemaError(
                     f"{type(self).__name__}.tools has two tools named {tool.name!r}: "
-                    f"{origins[tool.name]!r} and {origin!r}.  Rename one: @tool(name=...)."
+                    f"{sources[tool.name]!r} and {source!r}.  Rename one: @tool(name=...), or "
+                    "MCPServer(prefix=...)."
                 )
-            tools[tool.name], origins[tool.name] = tool, origin
+            tools[tool.name], sources[tool.name] = tool, source
         return tools
 
-    def _as_tool(self, tool: Callable[..., Any] | Tool | str) -> Tool:
+    def _as_tool(self, tool: Any) -> Tool:
         """A function is a tool; a function of the class body is a method, so it is bound first."""
         if isinstance(tool, Tool):
             return tool

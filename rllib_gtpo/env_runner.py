@@ -344,6 +344,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
     def make_env(self) -> None:
         """Makes the instance that serves tasks and group rewards (trajectories have their own)."""
         self.env = self._new_env()
+        _ = self.env.tool_schemas  # a server that does not start is told here
 
     def _new_env(self) -> ToolEnv:
         context = EnvContext(
@@ -442,6 +443,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
     def stop(self) -> None:
         """Closes the environment and the engine."""
         self.env.close()
+        self.env.close_servers()
         self.engine.close()
 
 

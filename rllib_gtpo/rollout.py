@@ -151,6 +151,7 @@ class Rollout:
             self.env.close()
         except Exception as error:
             logger.warning("%s.close() raised: %r", type(self.env).__name__, error)
+        self.env.close_servers()
         if not self.episode.is_done:
             self.episode.is_truncated = True
 

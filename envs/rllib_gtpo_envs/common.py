@@ -103,6 +103,7 @@ class PythonToolEnv(ToolEnv):
 
     def close(self) -> None:
         """Ends the trajectory's Python session."""
+        super().close()
         if self._session is not None:
             self._session.close()
             self._session = None

@@ -45,17 +45,10 @@ class Tool:
     is_async: bool = False
     timeout: float | None = None  # seconds; None: the environment's
     output_chars: int | None = None  # what the policy sees at most; None: the environment's
+    validate: Callable[[Mapping[str, Any]], str | None] | None = None  # what `check` does not know
 
     def __post_init__(self) -> None:
-        for option, kinds in (("timeout", (int, float)), ("output_chars", (int,))):
-            value = getattr(self, option)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
-                what = "a whole number" if kinds == (int,) else "a number"
-                raise ToolSchemaError(
-                    f"Tool '{self.name}': {option}={value!r} must be {what} above 0, or None."
-                )
+        check_limits(f"Tool '{self.name}'", self.timeout, self.output_chars)
 
     @classmethod
     def from_function(
@@ -128,11 +121,26 @@ class Tool:
 
     def check(self, arguments: Mapping[str, Any]) -> str | None:
         """Why `arguments` violate the schema, or None.  Only an int may stand for a float."""
-        return find_problem(self.name, self.parameters, arguments)
+        problem = find_problem(self.name, self.parameters, arguments)
+        if problem is None and self.validate is not None:
+            problem = self.validate(arguments)
+        return problem
 
     def convert(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments that passed `check`, with each int that stands for a float made one."""
         return convert_floats(self.parameters, arguments)
+
+
+def check_limits(whose: str, timeout: Any, output_chars: Any) -> None:
+    """Raises ToolSchemaError for limits that are no numbers above 0."""
+    for option, value, kinds, what in (
+        ("timeout", timeout, (int, float), "a number"),
+        ("output_chars", output_chars, (int,), "a whole number"),
+    ):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+            raise ToolSchemaError(f"{whose}: {option}={value!r} must be {what} above 0, or None.")
 
 
 def tool(
