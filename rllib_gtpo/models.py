@@ -102,7 +102,7 @@ def load_tokenizer(source: Any, *, chat_template: str | None = None) -> Any:
 def load_model(
     source: Any, *, dtype: str = "float32", seed: int | None = None, tokenizer: Any = None
 ) -> Any:
-    """A causal LM from a directory or hub id, or made from scratch.
+    """A causal LM from a directory or hub id, or made from scratch, in evaluation mode.
 
     Args:
         source: A path, a hub id, or a config such as `TINY_QWEN2`.
@@ -145,7 +145,7 @@ def _from_scratch(settings: dict[str, Any], dtype: torch.dtype, seed: int, token
             torch.default_generator.manual_seed(
                 seed
             )  # torch.manual_seed would touch the GPUs' as well
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{described} does not describe a causal LM: {error}") from error
 

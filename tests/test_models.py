@@ -143,6 +143,10 @@ class TestFromScratch:
             == TINY_QWEN2["rope_parameters"]["rope_theta"]
         )
 
+    def test_it_is_in_evaluation_mode(self):
+        """As one from a directory is: dropout would set learner and sampler apart."""
+        assert not any(module.training for module in load_model(SMALL).modules())
+
     def test_dtype(self):
         assert load_model(SMALL, dtype="bfloat16").dtype is torch.bfloat16
         with pytest.raises(ConfigError, match="float32, bfloat16"):

@@ -84,6 +84,7 @@ class Batch:
         self.version = 0
         self.stats = EngineStats()
         self.calls: dict[str, Call] = {}  # queued and active, by trajectory
+        self.returning: set[str] = set()  # completed in the last step, and not heard of since
         self._cache = BatchCache(max_batch, max_context, cache_tokens)
         self._runner = ModelRunner(model, self._cache, prefill_tokens)
         self._saved = WaitingCaches()
@@ -93,11 +94,13 @@ class Batch:
     def submit(self, call: Call) -> None:
         """Queues a call for the next step."""
         self.calls[call.name] = call
+        self.returning.discard(call.name)
         self._queue.append(call)
 
     def release(self, name: str) -> None:
         """Forgets the cache of a trajectory; its call, if one is pending, still completes."""
         self._saved.pop(name)
+        self.returning.discard(name)
         if name in self.calls:
             self.calls[name].keep = False
 
@@ -111,6 +114,7 @@ class Batch:
     def clear(self) -> list[Call]:
         """Forgets everything; returns the calls that were pending."""
         calls = list(self.calls.values())
+        self.returning.clear()
         self.drop_caches()
         self._queue.clear()
         self.calls.clear()
@@ -129,6 +133,7 @@ class Batch:
 
     def step(self) -> None:
         """Admits, computes and samples one token for each row, and completes what is finished."""
+        self.returning.clear()
         self.purge()
         running = list(self._active)
         fresh = self._admit()
@@ -247,7 +252,9 @@ class Batch:
         for row, finish in finished:
             call = self._active[row]
             sampled = call.ids[len(call.ids) - len(call.logprobs) :]
-            call.future.set_result(Completion(sampled, call.logprobs, finish, call.version))
+            last = self.version if self.version != call.version else None
+            call.future.set_result(Completion(sampled, call.logprobs, finish, call.version, last))
+            self.returning.add(call.name)
         for row, _ in reversed(finished):
             self._remove(row)
 

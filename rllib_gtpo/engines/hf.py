@@ -24,6 +24,8 @@ from rllib_gtpo.types import Completion
 
 __all__ = ["EngineStats", "HFEngine"]
 
+_SETTLE = 16  # turns of the loop that a trajectory gets to come back with its next request
+
 
 class HFEngine:
     """Implements `RolloutEngine` over a model in this process.
@@ -145,12 +147,25 @@ class HFEngine:
                     self._batch.step()
                 except Exception as error:
                     self._fail(f"a step failed: {type(error).__name__}: {error}", error)
-                await asyncio.sleep(0)
+                await self._settle()
         except BaseException as error:
-            self._fail("the engine's task was stopped", error)
+            if self._batch.calls:
+                self._fail("the engine's task was stopped", error)
             raise
         finally:
             self._task = None
+
+    async def _settle(self) -> None:
+        """Gives way to the loop: once, and then as long as trajectories that have just got their
+        completion may come back at once.
+
+        Without this, one whose tool takes no time misses the steps that its few turns of the loop
+        take, and its prefill shares a forward with fewer others.
+        """
+        for _ in range(_SETTLE):
+            await asyncio.sleep(0)
+            if not self._batch.returning:
+                return
 
     def _fail(self, reason: str, cause: BaseException | None) -> None:
         for call in self._batch.clear():

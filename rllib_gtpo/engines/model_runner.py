@@ -106,12 +106,13 @@ class ModelRunner:
         self._extra = {}
         if any(p.name == "logits_to_keep" or p.kind is p.VAR_KEYWORD for p in parameters):
             self._extra["logits_to_keep"] = 1
+        self._modules = list(model.modules())  # to walk them takes longer than a small layer
         self._swap = getattr(model, "_supports_attention_backend", False)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
         """No gradients, no dropout, the engine's attention; everything is as before afterwards."""
-        training = [m for m in self.model.modules() if m.training]
+        training = [m for m in self._modules if m.training]
         for module in training:
             module.training = False
         attention = self._config._attn_implementation

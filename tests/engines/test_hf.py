@@ -313,6 +313,47 @@ def test_finished_rows_leave_and_new_ones_enter(
     assert rows == [1, 1, 1, 1, 2, 1]  # a twice; a and the prefill of b; both; a
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_quick_tool_misses_no_step(engine: HFEngine, ends: bool) -> None:
+    """A trajectory that comes back within a few turns of the loop is in the very next step."""
+
+    async def quick() -> None:
+        for turn in range(3):
+            await engine.generate(request("quick", words(turn, 10 + turn), 3, (turn,)))
+            for _ in range(8):
+                await asyncio.sleep(0)
+
+    async def ending() -> None:
+        await engine.generate(request("ending", words(7, 9), 3))
+        if ends:
+            engine.release("ending")
+
+    run(quick(), ending(), engine.generate(request("long", words(8, 12), 9)))
+    assert engine.stats.steps == 9
+
+
+def test_a_slow_tool_holds_up_nobody(engine: HFEngine) -> None:
+    """A trajectory that stays away is given a bounded number of turns of the loop."""
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def scenario() -> None:
+        counter = asyncio.create_task(count())
+        gone = asyncio.create_task(engine.generate(request("gone", words(1, 5), 1)))
+        await engine.generate(request("stays", words(2, 5), 30))
+        await gone
+        counter.cancel()
+
+    asyncio.run(scenario())
+    assert engine.stats.steps == 30
+    assert turns < 30 + 20  # one for each step, and once more for the one that is gone
+
+
 def test_turns_reuse_the_cache(model: PreTrainedModel, engine: HFEngine) -> None:
     first, second = words(1, 20), words(2, 6)
 
@@ -389,7 +430,7 @@ def test_new_weights_drop_caches_and_stamp() -> None:
 
     async def scenario() -> None:
         before = await engine.generate(request("t", ids, 6))
-        assert before.weights_version == 0
+        assert (before.weights_version, before.last_version) == (0, None)
         assert_exact(model, [(ids, before)])
         with torch.no_grad():
             for parameter in model.parameters():
@@ -397,7 +438,7 @@ def test_new_weights_drop_caches_and_stamp() -> None:
         engine.weights_updated(3)
         longer = ids + before.token_ids
         after = await engine.generate(request("t", longer, 6))
-        assert after.weights_version == 3
+        assert (after.weights_version, after.last_version) == (3, None)
         assert_exact(model, [(longer, after)])
 
     asyncio.run(scenario())
@@ -427,6 +468,7 @@ def test_weights_that_change_during_a_completion() -> None:
         second = logprobs_of(model, ids, completion.token_ids)
         switch = next(i for i in range(10) if abs(completion.logprobs[i] - first[i]) > 1e-4)
         assert switch == 4
+        assert completion.last_version == 1
         assert completion.logprobs == pytest.approx(first[:4] + second[4:], abs=1e-4)
         assert completion.weights_version == 0
 
