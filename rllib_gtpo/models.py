@@ -125,8 +125,28 @@ def load_model(
     return model
 
 
-def _from_scratch(settings: dict[str, Any], dtype: torch.dtype, seed: int, tokenizer: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def load_config(source: Any, tokenizer: Any = None) -> Any:
+    """The transformers config of what `load_model` would load, without any weights."""
+    if isinstance(source, Mapping):
+        return _scratch_config(dict(source), tokenizer)
+    return from_pretrained("AutoConfig", str(source))
+
+
+def max_positions(config: Any) -> int:
+    """Most tokens that a model's positions allow."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 2**31))
+
+
+def architecture_of(config: Any) -> str:
+    """The name of the class that `load_model` makes of a config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    name: str = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    return name
+
+
+def _scratch_config(settings: dict[str, Any], tokenizer: Any) -> Any:
+    from transformers import AutoConfig
 
     described = f"model={settings!r}"
     if "model_type" not in settings:
@@ -140,14 +160,23 @@ def _from_scratch(settings: dict[str, Any], dtype: torch.dtype, seed: int, token
     settings.setdefault("eos_token_id", tokens.eos_token_id)
     settings.setdefault("bos_token_id", None)
     try:
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{described} does not describe a causal LM: {error}") from error
+
+
+def _from_scratch(settings: dict[str, Any], dtype: torch.dtype, seed: int, tokenizer: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = _scratch_config(dict(settings), tokenizer)
+    try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(
                 seed
             )  # torch.manual_seed would touch the GPUs' as well
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{described} does not describe a causal LM: {error}") from error
+        raise ConfigError(f"model={settings!r} does not describe a causal LM: {error}") from error
 
 
 def _tokenizer(source: Any) -> Any:

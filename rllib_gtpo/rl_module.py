@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rllib_gtpo.attention import PACKED_ATTENTION, why_not_packed
 from rllib_gtpo.errors import ConfigError
-from rllib_gtpo.models import load_model
+from rllib_gtpo.models import load_config, load_model, max_positions
 from rllib_gtpo.ops.logprobs import selected_logprobs
 from rllib_gtpo.packing import NOT_TRAINED, TokenBatch, TokenSequence, collate
 
@@ -47,7 +47,7 @@ class LLMModule(TorchRLModule):
     @property
     def max_context(self) -> int:
         """Most tokens that the model's positions allow."""
-        return int(getattr(self.model.config, "max_position_embeddings", 2**31))
+        return max_positions(self.model.config)
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
         tokens: TokenBatch = batch["tokens"]
@@ -158,3 +158,31 @@ class LLMModule(TorchRLModule):
         with torch.no_grad():
             for name, value in state.items():
                 own[name].copy_(value)
+
+
+class RemoteModule(TorchRLModule):
+    """Stands in for an LLMModule where engines elsewhere hold the model: it has no weights."""
+
+    framework = "torch"
+
+    def setup(self) -> None:
+        """Reads the model's config only."""
+        settings = self.model_config
+        self.model_settings = load_config(settings["model"], settings["tokenizer"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output head."""
+        return int(self.model_settings.get_text_config().vocab_size)
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens that the model's positions allow."""
+        return max_positions(self.model_settings)
+
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Nothing: learners hold the weights, and engines a copy."""
+        return {}
+
+    def set_state(self, state: dict[str, Tensor]) -> None:
+        """Nothing to set."""

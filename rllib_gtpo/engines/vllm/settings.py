@@ -1,0 +1,189 @@
+"""How vLLM engines are set up: from our settings, to vLLM's arguments.  No ray, no vLLM here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rllib_gtpo.engines.vllm.install import engine_argument_names, installed_version
+from rllib_gtpo.errors import ConfigError, did_you_mean
+from rllib_gtpo.models import architecture_of, load_config, max_positions
+
+if TYPE_CHECKING:
+    from rllib_gtpo.config import GTPOConfig
+
+SHARED_MEMORY = "rllib_gtpo_shared_memory"  # our way of weight transfer, in vLLM's registry
+BACKENDS = (SHARED_MEMORY, "nccl", "ipc")
+_OURS = {
+    "model": "set it with language_model(model=...)",
+    "tokenizer": "engines see tokens only",
+    "dtype": "set it with language_model(dtype=...)",
+    "max_model_len": "set it with rollouts(max_tokens=...)",
+    "seed": "each request has a seed of its own",
+    "logprobs_mode": "training needs those of the sampling distribution",
+    "skip_tokenizer_init": "engines see tokens only",
+    "worker_extension_cls": "it is what loads the weights",
+    "weight_transfer_config": "set weight_transfer to one of " + ", ".join(BACKENDS),
+    "generation_config": "sampling is set with rollouts(...)",
+    "distributed_executor_backend": "each engine is one actor with its workers in it",
+}
+_CPU_KV_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is made of.
+
+    options: The user's engine_config.  truncates: whether requests may have a top_p below 1.
+    """
+
+    model: Any
+    tokenizer: Any
+    dtype: str
+    max_context: int
+    num_engines: int
+    cpu: bool
+    truncates: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: GTPOConfig) -> EngineSettings:
+        """Reads a checked config; looks at the model's own config for its longest context."""
+        own = max_positions(load_config(config.language_model_source, config.tokenizer))
+        return cls(
+            model=config.language_model_source,
+            tokenizer=config.tokenizer,
+            dtype=config.dtype,
+            max_context=min(config.max_tokens or own, own),
+            num_engines=config.num_engines,
+            cpu=installed_version()[1],
+            truncates=config.top_p < 1.0,
+            options=dict(config.engine_config),
+        )
+
+    @property
+    def weight_transfer(self) -> str:
+        """One of BACKENDS."""
+        return str(self.options.get("weight_transfer", SHARED_MEMORY))
+
+    @property
+    def workers(self) -> int:
+        """Processes, and on a GPU build devices, of one engine."""
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+        count = 1
+        for name in sizes:
+            count *= int(self.options.get(name, 1))
+        return count
+
+    def resources(self) -> dict[str, float]:
+        """What one engine takes of a Ray cluster; CPU engines share the cores with everyone."""
+        return {"CPU": 0} if self.cpu else {"CPU": 1, "GPU": self.workers}
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables of the engine's actor."""
+        variables = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        if self.cpu:
+            # More threads that are not bound to cores are many times slower than one.
+            variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+        if self.truncates:
+            variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # see worker.WholeDistribution
+        if self.weight_transfer == "ipc":
+            variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles are pickled
+        for name in ("HF_HUB_OFFLINE", "HF_HOME"):
+            if name in os.environ:
+                variables[name] = os.environ[name]
+        return variables
+
+    def arguments(self, scratch: Path) -> dict[str, Any]:
+        """The keyword arguments of AsyncEngineArgs.
+
+        scratch: A directory of this node, for the config of a model that has none.
+        """
+        config = load_config(self.model, self.tokenizer)
+        arguments: dict[str, Any] = {
+            "dtype": self.dtype,
+            "max_model_len": self.max_context,
+            "max_num_seqs": 256,
+            "disable_log_stats": True,
+            "logprobs_mode": "processed_logprobs",
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "worker_extension_cls": "rllib_gtpo.engines.vllm.worker.WorkerExtension",
+        }
+        if isinstance(self.model, Mapping):
+            config.architectures = [architecture_of(config)]
+            config.save_pretrained(scratch)
+            arguments |= {"model": str(scratch), "load_format": "dummy"}
+        else:
+            path = Path(self.model).expanduser()
+            arguments["model"] = str(path if path.exists() else self.model)
+        if self.cpu:
+            arguments |= {
+                "distributed_executor_backend": "uni" if self.workers == 1 else "mp",
+                "enforce_eager": True,
+                "block_size": 32,
+                "kv_cache_memory_bytes": _CPU_KV_BYTES,
+            }
+        own = {k: v for k, v in self.options.items() if k != "weight_transfer"}
+        arguments |= own
+        self._check_cache(config, arguments)
+        return arguments
+
+    def _check_cache(self, config: Any, arguments: dict[str, Any]) -> None:
+        """Refuses a cache that cannot hold one context: vLLM says so only in its own log."""
+        size = arguments.get("kv_cache_memory_bytes")
+        per_token = kv_bytes_per_token(config, self.dtype)
+        if size is None or per_token is None:
+            return
+        needed = per_token * (self.max_context + arguments.get("block_size", 16))
+        if int(size) * self.workers < needed:
+            raise ConfigError(
+                f"engine_config kv_cache_memory_bytes={size} cannot hold one context of "
+                f"{self.max_context} tokens, which takes {needed} bytes: raise it, or lower "
+                "rollouts(max_tokens=...)."
+            )
+
+
+def kv_bytes_per_token(config: Any, dtype: str) -> int | None:
+    """What a token takes in the cache of keys and values; None where that cannot be told."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    hidden = getattr(config, "hidden_size", None)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not (heads and layers and hidden) or kinds != {"full_attention"}:
+        return None
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    return int(2 * layers * kv_heads * head_dim * (4 if dtype == "float32" else 2))
+
+
+def check_vllm(config: GTPOConfig) -> None:
+    """Raises ConfigError for settings that vLLM engines cannot honour."""
+    installed_version()
+    if config.deterministic:
+        raise ConfigError(
+            "deterministic=True is not possible with engine='vllm': its sums depend on which "
+            "requests share a batch, and with them, now and then, a token. Use engine='hf', or "
+            "leave it out; each request still has a seed of its own."
+        )
+    options = config.engine_config
+    known = engine_argument_names()
+    for name in options:
+        if name in _OURS:
+            raise ConfigError(f"engine_config has {name!r}: {_OURS[name]}.")
+        if name != "weight_transfer" and name not in known:
+            guess = did_you_mean(name, sorted({*known, "weight_transfer"} - _OURS.keys()))
+            raise ConfigError(f"engine_config has {name!r}, which vLLM does not know{guess}")
+    backend = options.get("weight_transfer", SHARED_MEMORY)
+    if backend not in BACKENDS:
+        raise ConfigError(
+            f"engine_config weight_transfer={backend!r} is unknown{did_you_mean(backend, BACKENDS)}"
+        )
