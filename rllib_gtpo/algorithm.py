@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core import COMPONENT_LEARNER_GROUP, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.utils.metrics import (
@@ -17,6 +17,7 @@ from ray.rllib.utils.metrics import (
     LEARNER_RESULTS,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
 )
+from ray.tune.execution.placement_groups import PlacementGroupFactory
 
 from rllib_gtpo.cold_start import (
     ColdStart,
@@ -26,6 +27,7 @@ from rllib_gtpo.cold_start import (
     run_cold_start,
 )
 from rllib_gtpo.config import GRPOConfig, GTPOConfig
+from rllib_gtpo.engines.vllm import EnginePool, EngineSettings
 from rllib_gtpo.env_runner import GroupJob
 from rllib_gtpo.episodes import trajectory_of
 from rllib_gtpo.errors import Interrupted
@@ -63,6 +65,8 @@ class ProgressMade:
 class GTPO(Algorithm):
     """Group Turn Policy Optimization."""
 
+    config: Any
+
     @classmethod
     def get_default_config(cls) -> GTPOConfig:
         """See Algorithm."""
@@ -75,7 +79,54 @@ class GTPO(Algorithm):
         self._stop_requested = False
         self._credit_rule = config.build_credit_rule()
         self._evaluated: tuple[tuple[int, int], float] | None = None  # training done, accuracy
-        super().setup(config)
+        self.engines: EnginePool | None = None  # of vLLM
+        if config.engine != "vllm":
+            super().setup(config)
+            return
+        self._start_engines()
+        try:
+            super().setup(self.config)
+            self._give_engines_the_weights()
+        except BaseException:
+            self._stop_engines()
+            raise
+
+    def _start_engines(self) -> None:
+        """Starts vLLM, and tells all runners where to find it."""
+        self.engines = EnginePool.start(EngineSettings.of(self.config))
+        self.config = self.config.copy(copy_frozen=False)
+        self.config.engine_pool = self.engines.name
+        self.config.freeze()
+
+    def _give_engines_the_weights(self) -> None:
+        """The first ones, after which env runners may sample; they hold none themselves."""
+        for group in (self.env_runner_group, self.eval_env_runner_group):
+            if group is not None:
+                group.sync_weights = lambda *args, **kwargs: None
+        self.sync_weights()
+
+    def _stop_engines(self) -> None:
+        if self.engines is not None:
+            self.engines.stop()
+            self.engines = None
+
+    def cleanup(self) -> None:
+        """RLlib's, and the engines."""
+        super().cleanup()
+        self._stop_engines()
+
+    @classmethod
+    def default_resource_request(cls, config: Any) -> Any:
+        """RLlib's, and the devices of the engines; behind the others, which count by position."""
+        request = super().default_resource_request(config)
+        settings: Any = cls.get_default_config().update_from_dict(config)
+        if settings.engine != "vllm":
+            return request
+        engine = EngineSettings.of(settings).resources()
+        bundles = [engine] * settings.num_engines if any(engine.values()) else []
+        return PlacementGroupFactory(
+            [*request.bundles, *bundles], strategy=settings.placement_strategy
+        )
 
     @property
     def cold_start(self) -> ColdStart | None:
@@ -200,7 +251,11 @@ class GTPO(Algorithm):
                     self.metrics.log_value(path, value, window=1)
 
     def sync_weights(self) -> None:
-        """Learners -> rollout workers."""
+        """Learners -> rollout workers, or the engines that they share."""
+        if self.engines is not None:
+            version, packed = call_learners(self.learner_group, "publish_weights")[0]
+            self.engines.update_weights(version, packed)
+            return
         self.env_runner_group.sync_weights(
             from_worker_or_learner_group=self.learner_group,
             inference_only=True,
@@ -341,6 +396,14 @@ class GTPO(Algorithm):
         super().set_state(state)
         if _STATE in state:
             self.progress_made = ProgressMade(**state[_STATE])
+        if self.engines is not None and COMPONENT_LEARNER_GROUP in state:
+            self.sync_weights()
+
+    def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        """RLlib's; the engines take the restored weights."""
+        super().restore_from_path(path, *args, **kwargs)
+        if self.engines is not None:
+            self.sync_weights()
 
 
 class GRPO(GTPO):

@@ -10,6 +10,7 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
 from rllib_gtpo.chat import call_format
 from rllib_gtpo.cold_start import ColdStart
+from rllib_gtpo.engines.vllm import check_vllm
 from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.ops.advantages import ESTIMATORS
 from rllib_gtpo.ops.losses import Objective
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_GAMMA = 0.9
 _UNIFORM = ("keep", "drop_solved", "drop")
-_ENGINES = ("hf",)
+_ENGINES = ("hf", "vllm")
 _OUTCOME_ONLY = ("grpo", "mt_grpo")  # what the last turn gets besides accuracy does not reach them
 _SHAPING_DEFAULTS = {
     "shaping_alpha": 0.5,
@@ -109,6 +110,8 @@ def _credit(config: GTPOConfig) -> None:
 def _sampling(config: GTPOConfig) -> None:
     if config.engine not in _ENGINES:
         raise ConfigError(_one_of("engine", config.engine, _ENGINES))
+    if config.engine == "vllm":
+        check_vllm(config)
     if config.temperature <= 0.0:
         raise ConfigError(
             f"temperature={config.temperature}: training samples need a temperature above 0, "

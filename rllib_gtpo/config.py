@@ -42,6 +42,7 @@ class GTPOConfig(AlgorithmConfig):
 
     ALGORITHM: ClassVar[str] = "GTPO"
     ESTIMATOR: ClassVar[str] = "gtpo"
+    engine_pool: str | None = None  # the name of the vLLM engines, set by who starts them
 
     def __init__(self, algo_class: Any = None) -> None:
         super().__init__(algo_class=algo_class or self._algorithm_class())
@@ -183,7 +184,8 @@ class GTPOConfig(AlgorithmConfig):
 
         Args:
             engine: "hf", in the process of each env runner, or "vllm", actors of their own.
-            engine_config: Keyword arguments of the engine; see rllib_gtpo.engines.
+            engine_config: Keyword arguments of rllib_gtpo.engines.hf.HFEngine, or those of vLLM's
+                AsyncEngineArgs and "weight_transfer"; see docs/vllm.md.
             num_engines: How many vLLM engines all env runners share.
             temperature: Of sampling, and of the log-probabilities that are trained.
             top_p: Nucleus sampling; below 1 the sampler is no longer the policy, see the docs.
@@ -391,13 +393,16 @@ class GTPOConfig(AlgorithmConfig):
 
     def build_engine(self, module: Any) -> RolloutEngine:
         """What an env runner samples with; `module`: the runner's RLModule."""
+        max_context = min(self.max_tokens or 2**31, module.max_context)
+        if self.engine == "vllm":
+            from rllib_gtpo.engines.vllm import VLLMEngine
+
+            return VLLMEngine(
+                self.engine_pool, max_context=max_context, vocab_size=module.vocab_size
+            )
         from rllib_gtpo.engines.hf import HFEngine
 
-        return HFEngine(
-            module.model,
-            max_context=min(self.max_tokens or 2**31, module.max_context),
-            **self.engine_config,
-        )
+        return HFEngine(module.model, max_context=max_context, **self.engine_config)
 
     def build_rubric(self) -> Rubric:
         """Reward components besides the environment's."""

@@ -39,6 +39,7 @@ from rllib_gtpo.engines.base import SamplingParams
 from rllib_gtpo.env import ChatSpace, ToolEnv, task_id
 from rllib_gtpo.episodes import attach_trajectory, group_trajectories
 from rllib_gtpo.errors import ConfigError, DataError, EnvironmentFault, GTPOError
+from rllib_gtpo.rl_module import RemoteModule
 from rllib_gtpo.rollout import Rollout
 from rllib_gtpo.shuffling import EndlessOrder
 from rllib_gtpo.text_env import as_tool_env
@@ -363,8 +364,10 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         return env
 
     def make_module(self) -> None:
-        """Builds the module whose model the engine runs."""
+        """Builds the module whose model the engine runs, or what stands in for it."""
         spec = self.config.get_rl_module_spec(spaces=self.get_spaces(), inference_only=True)
+        if self.config.engine == "vllm":
+            spec.module_class = RemoteModule
         self.module = spec.build()
         self.module.to(self._device)
         vocabulary = len(self.codec.tokenizer)

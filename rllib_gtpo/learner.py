@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import torch
 import torch.distributed as dist
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -32,6 +33,7 @@ from rllib_gtpo.connectors.learner import (
     SEQUENCES,
     TRAJECTORIES,
 )
+from rllib_gtpo.engines.vllm import pack_state
 from rllib_gtpo.errors import GTPOError
 from rllib_gtpo.ops.advantages import TurnCredit
 from rllib_gtpo.ops.diagnostics import finish_diagnostics
@@ -318,6 +320,16 @@ class GTPOLearner(TorchLearner):
     def max_context(self) -> int:
         """Most tokens that the model's positions allow."""
         return int(self._unwrapped.max_context)
+
+    def publish_weights(self) -> tuple[int, Any] | None:
+        """The version of the weights and a reference to them, packed for engines.
+
+        From the first learner only: all have the same.
+        """
+        if self._rank:
+            return None
+        state = self._unwrapped.get_state(inference_only=True)
+        return self._weights_seq_no, ray.put(pack_state(state))
 
     def end_supervision(self) -> None:
         """Frees the cold start's optimizer state, and counts the weights as new."""

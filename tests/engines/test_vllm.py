@@ -15,6 +15,7 @@ from rllib_gtpo.engines.base import Request, SamplingParams
 from rllib_gtpo.engines.vllm import EnginePool, EngineSettings, VLLMEngine, pack_state
 from rllib_gtpo.errors import EngineError
 from rllib_gtpo.models import TINY_QWEN2, load_model
+from tests.engines.processes import core_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -292,27 +293,8 @@ def test_a_killed_engine_is_replaced_once_and_no_request_is_lost(pool):
         time.sleep(1)
     after = pool.report()
     assert (after.serving, after.replaced) == (2, before.replaced + 1)
-    replaced = [e for e in after.engines if e.index == victim.index][0]
+    replaced = next(e for e in after.engines if e.index == victim.index)
     assert replaced.generation == victim.generation + 1
     done = generate(pool, *(request(f"t{i}", key=(i,)) for i in range(4)))
     assert {c.weights_version for c in done} == {version}
     assert max(error(model, PROMPT, c) for c in done) < 1e-4
-
-
-def core_of(pid):
-    """The process of an engine's core: the child of its actor that runs vLLM."""
-    for child in children(pid):
-        with open(f"/proc/{child}/cmdline") as file:
-            if "EngineCore" in file.read():
-                return child
-    raise AssertionError(f"process {pid} has no engine core: {children(pid)}")
-
-
-def children(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        own = [int(child) for child in file.read().split()]
-    others = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{task}/children") as file:
-            others += [int(child) for child in file.read().split()]
-    return sorted({*own, *others})

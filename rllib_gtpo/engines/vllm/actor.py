@@ -210,8 +210,8 @@ class EngineActor:
         """Takes weights from shared memory.
 
         Requests in flight go on with the new weights after what they have sampled; their keys and
-        values, and those of the prefix cache, are computed again.  If it raises, the engine may hold
-        half of the new weights, and must not go on.
+        values, and those of the prefix cache, are computed again.  If it raises, the engine may
+        hold half of the new weights, and serves no more.
         """
         async with self._update:
             try:
