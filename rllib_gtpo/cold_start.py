@@ -142,11 +142,11 @@ def _encoded(
         ids, trained = codec.conversation_ids(prompt, demonstration, tools)
     except Exception as error:  # templates raise what they like
         raise DataError(f"{where}: the chat template cannot render it: {error}") from error
-    ends = sum(t and i == codec.end_of_turn_id for i, t in zip(ids, trained, strict=True))
-    if ends != turns:
-        end = codec.tokenizer.decode([codec.end_of_turn_id])
+    ends = [i for i, t in zip(ids, trained, strict=True) if t and i in codec.stop_token_ids]
+    if len(ends) != turns:
+        marks = " or ".join(repr(codec.tokenizer.decode([end])) for end in codec.stop_token_ids)
         raise DataError(
-            f"{where}: an assistant message contains {end!r}, which ends a turn: take it out."
+            f"{where}: an assistant message contains {marks}, which ends a turn: take it out."
         )
     return ids, trained
 

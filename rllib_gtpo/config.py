@@ -150,7 +150,9 @@ class GTPOConfig(AlgorithmConfig):
             tokenizer: The same for the tokenizer; None takes the model's.
             chat_template: Text or file of a template, in place of the tokenizer's.
             dtype: "float32" or "bfloat16".
-            call_format: How the policy writes tool calls: "hermes" or "fenced".
+            call_format: How the policy writes tool calls: "hermes", "llama3_json", "mistral",
+                "mistral_args", "qwen3_coder", "glm", "fenced", or one of your own
+                (`rllib_gtpo.chat.register_call_format`).
             cold_start: Supervised training before RL: {"data": "expert" or a path, "steps",
                 "batch_size", "lr", ...}; see rllib_gtpo.cold_start.ColdStart, and
                 rllib_gtpo.traces for what a file holds.

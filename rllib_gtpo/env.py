@@ -244,7 +244,11 @@ class ToolEnv(gym.Env[Any, Any]):
         reason = self._reason_to_stop(trajectory, turn, truncated)
         if reason is not None:
             await self.aend(reason)
-        messages = [{"role": "tool", "name": r.name, "content": r.content} for r in turn.results]
+        messages = [
+            {"role": "tool", "name": r.name, "content": r.content}
+            | ({} if call.id is None else {"tool_call_id": call.id})
+            for call, r in zip(turn.calls, turn.results, strict=False)
+        ]
         over = reason in (StopReason.ANSWER, StopReason.ENV_DONE)
         return Observation(messages), turn.reward, over, reason is not None and not over, {}
 

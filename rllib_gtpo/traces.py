@@ -242,7 +242,7 @@ def _written(one: _Said, call_format: CallFormat, tools: Tools) -> tuple[str, _C
     said = one.text if one.text.strip() else ""
     if said and not said.endswith(_THOUGHT):
         said += "\n"
-    text = said + "\n".join(call_format.write(call) for _, call in one.calls)
+    text = said + call_format.write_all([call for _, call in one.calls])
     read = call_format.parse(text, tools).calls
     if [(c.name, c.arguments) for c in read] != [(c.name, c.arguments) for _, c in one.calls]:
         raise UnusableRow(

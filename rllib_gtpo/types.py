@@ -65,6 +65,7 @@ class ToolCall:
     arguments: dict[str, Any] = field(default_factory=dict)
     raw: str = ""  # the exact text of the call in the turn
     error: str | None = None
+    id: str | None = None  # in formats that have one (Mistral's)
 
 
 @dataclass(slots=True)

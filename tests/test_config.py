@@ -69,7 +69,7 @@ class TestRefusals:
         ("settings", "message"),
         [
             ({"dtype": "float8"}, "float32, bfloat16"),
-            ({"call_format": "xml"}, "hermes, fenced"),
+            ({"call_format": "xml"}, "valid: .*hermes"),
             ({"cold_start": {"stpes": 3}}, "did you mean 'steps'"),
             ({"cold_start": {"steps": 0}}, "at least 1"),
             ({"cold_start": {"lr": -1.0}}, "above 0"),

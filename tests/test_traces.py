@@ -258,10 +258,6 @@ BAD = [
         {"messages": [user("?"), assistant("") | {"function_call": {"name": "f"}}]},
         "use tool_calls",
     ),
-    (
-        {"messages": [user("?"), assistant("", call("print('</tool_call>')"))]},
-        "cannot be written in the format 'hermes'.*: change or leave out the row\\.",
-    ),
 ]
 
 
@@ -280,6 +276,12 @@ def test_whatever_stands_in_a_rows_place_is_used_or_refused():
         except UnusableRow:
             refused += 1
     assert refused > 200
+
+
+def test_hermes_calls_may_speak_of_calls():
+    (said,) = shown({"messages": [user("?"), assistant("", call("print('</tool_call>')"))]})[1]
+    (read,) = call_format("hermes").parse(said["content"], []).calls
+    assert read.arguments == {"code": "print('</tool_call>')"}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from rllib_gtpo.types import Completion, Turn
 
 PROMPT_IDS = "prompt_ids"  # env to module: ids that the newest observation adds to the context
 COMPLETIONS = "completions"  # module to env: what the engine sampled
+_ENDED_BY = "ended_by"  # in an episode's custom data: the last token of its newest turn
 
 
 class ChatPiece(ConnectorV2):
@@ -39,7 +40,7 @@ class MessagesToTokens(ChatPiece):
         observation = episode.get_observations(-1)
         if len(episode) == 0:
             return self.codec.prompt_ids(observation.messages, observation.tools)
-        return self.codec.delta_ids(observation.messages)
+        return self.codec.delta_ids(observation.messages, episode.custom_data.get(_ENDED_BY))
 
 
 class TokensToTurns(ChatPiece):
@@ -58,7 +59,9 @@ class TokensToTurns(ChatPiece):
 
     def _turn(self, episode: Any, prompt_ids: list[int], completion: Completion) -> Turn:
         text = self.codec.decode(completion.token_ids)
-        parsed = self.codec.call_format.parse(text, episode.get_observations(0).tools)
+        tools = episode.get_observations(0).tools
+        parsed = self.codec.parse(text, tools, prompt_ids)
+        episode.custom_data[_ENDED_BY] = completion.token_ids[-1] if completion.token_ids else None
         return Turn(
             index=len(episode),
             prompt_ids=prompt_ids,

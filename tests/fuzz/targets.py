@@ -95,24 +95,29 @@ def tools() -> dict[str, Tool]:
     }
 
 
+FORMATS = ("hermes", "fenced", "llama3_json", "mistral", "mistral_args", "qwen3_coder", "glm")
 CALL_PIECES = (
     *("<tool_call>", "</tool_call>", "<think>", "</think>", "```", "```python\n", "\n```", "``"),
     *("`", "\n", " ", "python", "search", '{"name": "python", "arguments": {"code": "1"}}'),
     *('{"name": "search", "arguments": {"query": "q", "k": ', "}}", '"name"', '"arguments"', ":"),
     *("{", "}", "[", "]", '"', "\\", "\\ud800", "9", "-", ".", "e", "NaN", "Infinity", "null"),
-    *("```js\nx\n```", "<|im_end|>", "\x00", "\u2028", "<tool_call></tool_call>"),
+    *("```js\nx\n```", "<|im_end|>", "\x00", "\u2028", "<tool_call></tool_call>", "[THINK]"),
+    *("[/THINK]", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", '[{"name": "python"}]', "<|python_tag|>"),
+    *('\n{"name": "python", "parameters": {"code": "1"}}', "; ", "\n> ", "<function=search>"),
+    *("</function>", "<parameter=query>", "</parameter>", "<tool_call>search\n", "</arg_value>"),
+    *("<arg_key>k</arg_key>", "<arg_key>", "<arg_value>", "</arg_key>", "\n  "),
 )
 
 
 def check_calls(text: str) -> None:
     """Any text is a turn; its calls can be run, and say what is wrong with them."""
     schemas = [tool.schema for tool in tools().values()]
-    for name in ("hermes", "fenced"):
+    for name in FORMATS:
         with bounded(f"the {name} format"):
             turn = call_format(name).parse(text, schemas)
         assert isinstance(turn.content, str) and isinstance(turn.thinking, str)
         for call in turn.calls:
-            assert call.raw and (call.raw in text or "<think>" in text), "raw was not written"
+            assert call.raw and call.raw in text, "raw was not written"
             assert call.error is None or (call.error and not call.arguments)
         calls = turn.calls[:50]
         with bounded("running the calls"):
@@ -135,15 +140,14 @@ def check_written(case: list[Any]) -> None:
     name, arguments = case
     schemas = [tool.schema for tool in tools().values()]
     call = ToolCall(name, copy.deepcopy(arguments))
-    written = call_format("hermes").write(call)
-    if not any(mark in written[11:-12] for mark in ("<think>", "<tool_call>", "</tool_call>")):
-        read = call_format("hermes").parse("Well.\n" + written, schemas)
+    for form in ("hermes", "llama3_json", "mistral"):
+        read = call_format(form).parse("Well.\n" + call_format(form).write(call), schemas)
         assert [(c.name, c.arguments, c.error) for c in read.calls] == [(name, arguments, None)]
         assert read.content == "Well."
     code = next((v for v in arguments.values() if isinstance(v, str)), "")
     call = ToolCall("python", {"code": code})
     written = call_format("fenced").write(call)
-    if "```" not in f"\n{code}\n" and "<think>" not in code:
+    if "```" not in f"\n{code}\n":
         read = call_format("fenced").parse("Well.\n" + written, schemas)
         assert [(c.arguments, c.error) for c in read.calls] == [({"code": code}, None)]
 

@@ -117,14 +117,25 @@ class TestCodec:
         with pytest.raises(ChatTemplateError, match="cannot be continued exactly"):
             ChatCodec(tokenizer)
 
-    def test_a_template_without_a_tool_role_is_refused(self):
+    def test_a_template_without_a_tool_role_gets_results_as_a_users_message(self):
         tokenizer = build_tokenizer()
         tokenizer.chat_template = (
             "{% for message in messages %}{% if message['role'] == 'tool' %}"
             "{{ raise_exception('no tools here') }}{% endif %}"
-            "{{ message['content'] + '<|im_end|>' }}{% endfor %}"
+            "{{ message['role'] + ':' + message['content'] + '<|im_end|>' }}{% endfor %}"
         )
-        with pytest.raises(ChatTemplateError, match="no tools here"):
+        codec = ChatCodec(tokenizer)
+        results = [{"role": "tool", "content": c} for c in ("one", "two")]
+        assert codec.decode(codec.delta_ids(results)) == "user:one\ntwo"
+
+    def test_a_template_that_hides_results_is_refused(self):
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = (
+            "{% for message in messages %}{% if message['role'] == 'tool' or loop.index > 2 %}"
+            "{{ '<|im_end|>' }}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+            "{% endfor %}"
+        )
+        with pytest.raises(ChatTemplateError, match=r"turn by turn .*leaves out what tools answer"):
             ChatCodec(tokenizer)
 
 
@@ -192,7 +203,7 @@ class TestHermes:
 
 
 def test_an_unknown_format_names_the_known_ones():
-    with pytest.raises(ConfigError, match="hermes, fenced"):
+    with pytest.raises(ConfigError, match=r"valid: .*hermes"):
         call_format("xml")
 
 
