@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -28,13 +29,13 @@ from rllib_gtpo.cold_start import (
 )
 from rllib_gtpo.config import GRPOConfig, GTPOConfig
 from rllib_gtpo.engines.vllm import EnginePool, EngineSettings
-from rllib_gtpo.env_runner import GroupJob
 from rllib_gtpo.episodes import trajectory_of
 from rllib_gtpo.errors import Interrupted
-from rllib_gtpo.metrics import rollout_metrics
+from rllib_gtpo.group_rollout import GroupJob
+from rllib_gtpo.metrics import rollout_metrics, staleness_metrics, straggler_metrics
 from rllib_gtpo.packing import shard_groups
-from rllib_gtpo.progress import Progress
-from rllib_gtpo.sampling import Sampled, Step, sample_groups, sample_step
+from rllib_gtpo.progress import Progress, RolloutProgress
+from rllib_gtpo.sampling import Sampled, Step, choose_jobs, sample_groups, sample_step
 from rllib_gtpo.text_env import as_tool_env
 
 _STATE = "gtpo"
@@ -52,6 +53,7 @@ class ProgressMade:
     cold_start_steps: int = 0
     cold_start_done: bool = False
     next_position: int = 0  # in the endless stream of training tasks
+    owed_positions: list[int] = field(default_factory=list)  # of dropped groups; they come first
     tokens_lifetime: int = 0
     accuracy_before: float | None = None
     accuracy_after: float | None = None
@@ -59,7 +61,7 @@ class ProgressMade:
     @property
     def training_done(self) -> tuple[int, int]:
         """Changes whenever the weights do."""
-        return self.cold_start_steps, self.next_position
+        return self.cold_start_steps, self.tokens_lifetime
 
 
 class GTPO(Algorithm):
@@ -155,12 +157,12 @@ class GTPO(Algorithm):
         updated = time.perf_counter()
         self.sync_weights()
         synced = time.perf_counter()
-        trajectories = [t for g in step.groups for t in g.trajectories] + step.discarded
+        trajectories = [t for g in step.groups for t in g.trajectories] + step.left_out
         tokens = sum(t.num_trained_tokens for t in trajectories)
         self.progress_made.tokens_lifetime += tokens
         self.log_metrics(
             {
-                **rollout_metrics(step.groups, step.discarded),
+                **rollout_metrics(step.groups, step.left_out),
                 "group/kept": float(len(step.kept)),
                 "group/resampled": float(step.resampled),
                 "group/budget_exhausted": float(len(step.kept) < self.config.groups_per_step),
@@ -168,6 +170,9 @@ class GTPO(Algorithm):
                 "group/incomplete": float(len(step.incomplete)),
                 "group/lost_and_resampled": float(step.lost_groups),
                 "trajectory/discarded": float(len(step.discarded)),
+                **straggler_metrics(step.dropped),
+                **staleness_metrics(step.groups, step.weights_version),
+                **step.stats.metrics(),
                 "time/rollout_s": sampled - began,
                 "time/update_s": updated - sampled,
                 "time/sync_s": synced - updated,
@@ -183,26 +188,36 @@ class GTPO(Algorithm):
         wanted = self.config.groups_per_step
         total = wanted * self.config.group_size
         with Progress("rollouts", total, enabled=self.config.progress) as bar:
+            progress = RolloutProgress(bar, wanted)
             return sample_step(
-                lambda count: self._sample_next(count, bar),
+                lambda count: self._sample_next(count, progress),
                 wanted=wanted,
                 budget=self.config.resample_groups,
                 keeps=self._credit_rule.keeps,
             )
 
-    def _sample_next(self, count: int, bar: Progress) -> Sampled:
-        first = self.progress_made.next_position
-        self.progress_made.next_position += count
-        jobs = [
-            GroupJob(position, self.config.group_size, self.iteration)
-            for position in range(first, first + count)
-        ]
+    def _sample_next(self, count: int, progress: RolloutProgress) -> Sampled:
+        """The next `count` groups: first those that were dropped before, then new ones."""
+        made = self.progress_made
+        jobs = choose_jobs(
+            made.owed_positions,
+            made.next_position,
+            count,
+            self.config.oversample,
+            partial(GroupJob, members=self.config.group_size, iteration=self.iteration),
+        )
+        chosen = {job.position for job in jobs}
+        made.next_position = max(made.next_position, max(chosen) + 1)
+        progress.begin()
         sampled = sample_groups(
             self.env_runner_group,
             jobs,
+            wanted=count,
             restore=lambda: self.restore_env_runners(self.env_runner_group),
-            on_trajectory=bar.step,
+            on_progress=progress.show if self.config.progress else None,
         )
+        made.owed_positions = [p for p in made.owed_positions if p not in chosen]
+        made.owed_positions += sorted(sampled.dropped)
         self.metrics.aggregate(sampled.runner_metrics, key=ENV_RUNNER_RESULTS)
         return sampled
 

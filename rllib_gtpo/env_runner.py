@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -33,53 +32,24 @@ from ray.rllib.utils.metrics import (
     WEIGHTS_SEQ_NO,
 )
 
-from rllib_gtpo.aio import run_coroutine
 from rllib_gtpo.checks import evaluation_splits
 from rllib_gtpo.engines.base import SamplingParams
-from rllib_gtpo.env import ChatSpace, ToolEnv, task_id
+from rllib_gtpo.env import ChatSpace, ToolEnv
 from rllib_gtpo.episodes import attach_trajectory, group_trajectories
 from rllib_gtpo.errors import ConfigError, DataError, EnvironmentFault, GTPOError
+from rllib_gtpo.group_rollout import GroupJob, GroupScheduler, Rollouts
 from rllib_gtpo.rl_module import RemoteModule
 from rllib_gtpo.rollout import Rollout
+from rllib_gtpo.rollout_stats import RolloutStats, Tally
 from rllib_gtpo.shuffling import EndlessOrder
 from rllib_gtpo.text_env import as_tool_env
 from rllib_gtpo.tools.python import sandbox_restarts
-from rllib_gtpo.types import Task, Trajectory
+from rllib_gtpo.types import Group, Task
 
-ATTEMPTS = 3  # to roll out a member whose environment breaks
 UNSHAPED_GROUPS = "unshaped_groups"  # those whose texts could not be embedded
 SANDBOX_RESTARTS = "sandbox_restarts"  # sandboxes whose own process was lost and replaced
 
-
-@dataclass
-class GroupJob:
-    """A group to roll out.
-
-    position: index into the endless, seeded stream of tasks; also the group's id.
-    members: how many trajectories.  iteration: part of the sampler's key.
-    split: where the task is; None: the training split, or the first one of an evaluation.
-    """
-
-    position: int
-    members: int
-    iteration: int
-    split: str | None = None
-
-
-@dataclass
-class Rollouts:
-    """What a runner gives back: the episodes of complete groups, and what became of the others.
-
-    skipped: Position -> why its task cannot be rolled out at all.
-    incomplete: Position -> what broke the environment of members, again and again.
-    discarded: Rollouts that broke and were rolled out again, and those of incomplete groups.
-    """
-
-    episodes: list[SingleAgentEpisode] = field(default_factory=list)
-    skipped: dict[int, str] = field(default_factory=dict)
-    incomplete: dict[int, str] = field(default_factory=dict)
-    discarded: list[Trajectory] = field(default_factory=list)
-    failure: Exception | None = None  # what went wrong, if the runner itself could not go on
+__all__ = ["GTPOEnvRunner", "GroupJob", "Rollouts"]
 
 
 class GTPOEnvRunner(EnvRunner, Checkpointable):
@@ -95,6 +65,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         self._weights_seq_no = 0
         self._tasks: dict[str, list[Task]] = {}  # of the splits that were asked for
         self._order: EndlessOrder | None = None  # of the training tasks
+        self._shaping_thread: ThreadPoolExecutor | None = None
         self._restarts = sandbox_restarts()
         self.codec = self.config.build_codec()
         self.make_env()
@@ -126,37 +97,61 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         return self.sample_groups([GroupJob(p, members, 0) for p in range(count)]).episodes
 
     def sample_groups(
-        self, jobs: Sequence[GroupJob], on_trajectory: Callable[[], None] | None = None
+        self,
+        jobs: Sequence[GroupJob],
+        *,
+        wanted: int | None = None,
+        on_progress: Callable[[Tally], None] | None = None,
+        on_group: Callable[[list[SingleAgentEpisode]], None] | None = None,
     ) -> Rollouts:
         """Rolls out the groups; returns when the last one is finished and scored.
 
         A member whose environment broke is rolled out again, unless most of its group broke.  A
         training group that is still broken is left out: its members would be compared with
         failures that are not the policy's.  In an evaluation they count as failed.
+
+        Args:
+            jobs: The groups; their episodes are returned in this order.
+            wanted: Stop when so many groups are finished, and drop the others except those that
+                must finish; None: wait for all.
+            on_progress: Called whenever a trajectory or a group ends.
+            on_group: Takes the episodes of each group when it is finished and scored, in the order
+                of their ends; then none are returned.
         """
         out = Rollouts()
-        rollouts = [r for job in jobs for r in self._open_group(job, out)]
-        run = self._run_in_step if self.config.deterministic else self._run_freely
-        try:
-            run_coroutine(run(rollouts, on_trajectory or (lambda: None)))
-            for attempt in range(1, ATTEMPTS):
-                again = self._reopen_broken(rollouts, attempt, out)
-                run_coroutine(run(again, lambda: None))
-        except BaseException:
-            for rollout in rollouts:
-                rollout.close()
-            raise
-        if not self.config.in_evaluation:
-            rollouts = self._complete(rollouts, out)
-        out.episodes = self._finish(rollouts)
-        self._log(out.episodes)
+        finished: dict[int, list[SingleAgentEpisode]] = {}
+        numbers: list[tuple[float, int]] = []
+
+        def take(job: GroupJob, episodes: list[SingleAgentEpisode]) -> None:
+            numbers.extend((episode.get_return(), len(episode)) for episode in episodes)
+            if on_group is None:
+                finished[job.position] = episodes
+            else:
+                on_group(episodes)
+
+        GroupScheduler(
+            self,
+            jobs,
+            out,
+            wanted=wanted,
+            on_group=take,
+            on_progress=on_progress or (lambda tally: None),
+        ).run()
+        out.episodes = [e for job in jobs for e in finished.get(job.position, ())]
+        out.weights_version = self._weights_seq_no
+        self._log(numbers)
         return out
 
-    def try_sample_groups(self, jobs: Sequence[GroupJob]) -> Rollouts:
+    def try_sample_groups(
+        self,
+        jobs: Sequence[GroupJob],
+        wanted: int | None = None,
+        on_progress: Callable[[Tally], None] | None = None,
+    ) -> Rollouts:
         """`sample_groups` for remote calls: an exception that escaped would end this actor
         instead."""
         try:
-            return self.sample_groups(jobs)
+            return self.sample_groups(jobs, wanted=wanted, on_progress=on_progress)
         except GTPOError as error:
             return Rollouts(failure=error)
         except Exception as error:  # it may not survive pickling, and its traceback would not
@@ -188,109 +183,54 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
             self._tasks[split] = tasks
         return self._tasks[split]
 
-    def _open_group(self, job: GroupJob, out: Rollouts) -> list[Rollout]:
+    def new_rollout(
+        self, job: GroupJob, member: int, attempt: int, stats: RolloutStats
+    ) -> Rollout | str:
+        """A member of a group, not opened yet; or why its task does not exist.
+
+        Each attempt has random numbers of its own.
+        """
         split = job.split or self._default_split
         task = self.task_at(job.position, split)
         if task is None:
-            out.skipped[job.position] = f"{split!r} has only {len(self._tasks[split])} tasks"
-            return []
+            return f"{split!r} has only {len(self._tasks[split])} tasks"
+        evaluation = self.config.in_evaluation
         sampling = SamplingParams(
             max_tokens=self.config.max_turn_tokens,
             temperature=(
-                self.config.evaluation_temperature
-                if self.config.in_evaluation
-                else self.config.temperature
+                self.config.evaluation_temperature if evaluation else self.config.temperature
             ),
             top_p=self.config.top_p,
             stop_token_ids=self.codec.stop_token_ids,
         )
-        key = (self.config.seed or 0, int(self.config.in_evaluation), job.iteration, job.position)
-        members = [
-            Rollout(self, self._new_env(), task, job.position, member, sampling, (*key, member))
-            for member in range(job.members)
-        ]
-        first = members[0].open()
-        if first is not None:
-            out.skipped[job.position] = first
-            members[0].close()
-            return []
-        for rollout in members[1:]:
-            rollout.open()
-        return members
+        seed = self.config.seed or 0
+        key: tuple[int, ...] = (seed, int(evaluation), job.iteration, job.position, member)
+        if attempt:
+            key = (*key, attempt)
+        return Rollout(self, task, job.position, member, sampling, key, stats)
 
-    def _reopen_broken(self, rollouts: list[Rollout], attempt: int, out: Rollouts) -> list[Rollout]:
-        """Puts new rollouts in the place of broken ones, where most of the group is sound."""
-        broken = Counter(r.trajectory.group_id for r in rollouts if r.trajectory.broken)
-        sound = Counter(r.trajectory.group_id for r in rollouts if not r.trajectory.broken)
-        again = []
-        for index, old in enumerate(rollouts):
-            group = old.trajectory.group_id
-            if old.trajectory.broken and broken[group] <= sound[group]:
-                out.discarded.append(old.trajectory)
-                rollouts[index] = old.again(self._new_env(), attempt)
-                rollouts[index].open()
-                again.append(rollouts[index])
-        return again
-
-    def _complete(self, rollouts: list[Rollout], out: Rollouts) -> list[Rollout]:
-        """The rollouts of groups without a broken member."""
-        for t in (r.trajectory for r in rollouts):
-            if t.broken:
-                reason = f"task {task_id(t.task)}: member {t.member} ended in {t.stop_reason}"
-                out.incomplete.setdefault(t.group_id, f"{reason}: {t.error}")
-        incomplete = [r for r in rollouts if r.trajectory.group_id in out.incomplete]
-        out.discarded += [r.trajectory for r in incomplete]
-        return [r for r in rollouts if r.trajectory.group_id not in out.incomplete]
-
-    async def _run_freely(self, rollouts: list[Rollout], finished: Callable[[], None]) -> None:
-        """Each trajectory for itself: a slow tool or a long answer holds up nobody else."""
-        slots = asyncio.Semaphore(self.config.max_concurrency)
-
-        async def run(rollout: Rollout) -> None:
-            async with slots:
-                while (request := rollout.request()) is not None:
-                    await rollout.take(await self.engine.generate(request))
-                rollout.close()
-                finished()
-
-        tasks = [asyncio.ensure_future(run(r)) for r in rollouts]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    async def _run_in_step(self, rollouts: list[Rollout], finished: Callable[[], None]) -> None:
-        """All trajectories turn by turn in a fixed order, so that batches and sums repeat bit for
-        bit."""
-        for start in range(0, len(rollouts), self.config.max_concurrency):
-            live = rollouts[start : start + self.config.max_concurrency]
-            while live:
-                asking = [(r, request) for r in live if (request := r.request()) is not None]
-                completions = await asyncio.gather(*(self.engine.generate(q) for _, q in asking))
-                for (rollout, _), completion in zip(asking, completions, strict=True):
-                    await rollout.take(completion)
-                for rollout in live:
-                    if rollout.done:
-                        rollout.close()
-                        finished()
-                live = [rollout for rollout in live if not rollout.done]
-
-    def _finish(self, rollouts: list[Rollout]) -> list[SingleAgentEpisode]:
-        """Scores whole groups; from here on rewards are final."""
-        groups = group_trajectories([r.trajectory for r in rollouts])
+    async def score_group(self, rollouts: Sequence[Rollout]) -> list[SingleAgentEpisode]:
+        """Scores a whole group; from here on its rewards are final."""
+        (group,) = group_trajectories([r.trajectory for r in rollouts])
         if self._overlong_penalty is not None:
-            for rollout in rollouts:
-                self._overlong_penalty.score(rollout.trajectory)
-        for group in groups:
-            self.env.rubric.score_group(self.env, group)
+            for trajectory in group.trajectories:
+                self._overlong_penalty.score(trajectory)
+        await self.env.rubric.score_group(self.env, group)
         if self._shaping is not None:
-            unshaped = self._shaping.score_groups(groups)
+            unshaped = await self._shape(group)
             self.metrics.log_value(UNSHAPED_GROUPS, unshaped, reduce="sum")
         for rollout in rollouts:
             attach_trajectory(rollout.episode, rollout.trajectory)
             self.callback("on_episode_end", rollout.episode, prev_episode_chunks=[])
-        return [r.episode for r in rollouts]
+        return [rollout.episode for rollout in rollouts]
+
+    async def _shape(self, group: Group) -> int:
+        """Shapes a group in a thread, one at a time: an embedder may wait for a service."""
+        assert self._shaping is not None
+        if self._shaping_thread is None:
+            self._shaping_thread = ThreadPoolExecutor(1, thread_name_prefix="shaping")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._shaping_thread, self._shaping.score_groups, [group])
 
     def callback(self, which: str, episode: SingleAgentEpisode, **kwargs: Any) -> None:
         """Calls the user's RLlib callbacks, as RLlib's own runners do."""
@@ -323,11 +263,12 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         )
         return result
 
-    def _log(self, episodes: list[SingleAgentEpisode]) -> None:
+    def _log(self, episodes: Sequence[tuple[float, int]]) -> None:
+        """RLlib's sampling metrics, of the return and length of each episode."""
         restarts = sandbox_restarts()
         self.metrics.log_value(SANDBOX_RESTARTS, restarts - self._restarts, reduce="sum")
         self._restarts = restarts
-        steps = sum(len(e) for e in episodes)
+        steps = sum(length for _, length in episodes)
         self.num_env_steps_sampled_lifetime += steps
         for key, value in ((NUM_ENV_STEPS_SAMPLED, steps), (NUM_EPISODES, len(episodes))):
             self.metrics.log_value(key, value, reduce="sum")
@@ -336,18 +277,19 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
             (NUM_EPISODES_LIFETIME, len(episodes)),
         ):
             self.metrics.log_value(key, value, reduce="lifetime_sum")
-        for episode in episodes:
-            self.metrics.log_value(EPISODE_RETURN_MEAN, episode.get_return(), window=len(episodes))
-            self.metrics.log_value(EPISODE_LEN_MEAN, len(episode), window=len(episodes))
+        for total, length in episodes:
+            self.metrics.log_value(EPISODE_RETURN_MEAN, total, window=len(episodes))
+            self.metrics.log_value(EPISODE_LEN_MEAN, length, window=len(episodes))
 
     # RLlib's EnvRunner interface.
 
     def make_env(self) -> None:
         """Makes the instance that serves tasks and group rewards (trajectories have their own)."""
-        self.env = self._new_env()
+        self.env = self.new_env()
         _ = self.env.tool_schemas  # a server that does not start is told here
 
-    def _new_env(self) -> ToolEnv:
+    def new_env(self) -> ToolEnv:
+        """An instance for one trajectory."""
         context = EnvContext(
             self.config.env_config,
             worker_index=self.worker_index or 0,
@@ -445,6 +387,8 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
 
     def stop(self) -> None:
         """Closes the environment and the engine."""
+        if self._shaping_thread is not None:
+            self._shaping_thread.shutdown(wait=False, cancel_futures=True)
         self.env.close()
         self.env.close_servers()
         self.engine.close()

@@ -18,11 +18,11 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from rllib_gtpo.at_k import compute_at_k
 from rllib_gtpo.checks import evaluation_splits
-from rllib_gtpo.env_runner import GroupJob
 from rllib_gtpo.episodes import groups_of
 from rllib_gtpo.errors import ConfigError, DataError
+from rllib_gtpo.group_rollout import GroupJob
 from rllib_gtpo.metrics import nested, rollout_metrics
-from rllib_gtpo.progress import Progress
+from rllib_gtpo.progress import Progress, RolloutProgress
 from rllib_gtpo.sampling import Sampled, refuse_broken_environment, sample_groups
 from rllib_gtpo.text_env import as_tool_env
 
@@ -43,7 +43,8 @@ def evaluate_split(algorithm: Any, runners: Any) -> tuple[dict[str, Any], int, i
     tasks = max(1, config.evaluation_duration // config.evaluation_samples_per_task)
     rollouts = len(splits) * tasks * config.evaluation_samples_per_task
     with Progress("evaluation", rollouts, enabled=config.progress) as bar:
-        sampled = {split: _sample(algorithm, runners, split, tasks, bar) for split in splits}
+        progress = RolloutProgress(bar, len(splits) * tasks)
+        sampled = {split: _sample(algorithm, runners, split, tasks, progress) for split in splits}
     env = as_tool_env(algorithm.env_creator(EnvContext(config.env_config, worker_index=0)))
     metrics: dict[str, float] = {}
     for split, part in sampled.items():
@@ -84,13 +85,17 @@ def evaluate_checkpoint(
         algorithm.stop()
 
 
-def _sample(algorithm: Any, runners: Any, split: str, tasks: int, bar: Progress) -> Sampled:
-    members = algorithm.evaluation_config.evaluation_samples_per_task
+def _sample(
+    algorithm: Any, runners: Any, split: str, tasks: int, progress: RolloutProgress
+) -> Sampled:
+    config = algorithm.evaluation_config
+    members = config.evaluation_samples_per_task
+    progress.begin()
     sampled = sample_groups(
         runners,
         [GroupJob(position, members, 0, split) for position in range(tasks)],
         restore=lambda: algorithm.restore_env_runners(runners),
-        on_trajectory=bar.step,
+        on_progress=progress.show if config.progress else None,
     )
     if not sampled.episodes:
         reason = next(iter(sampled.skipped.values()), "")

@@ -20,8 +20,8 @@ def rollout_metrics(
     Args:
         groups: All that were sampled, also those that are not trained on: without them, accuracy
             would be that of the groups with a contrast.
-        discarded: Rollouts that count only in stop/REASON, as shares of everything rolled out: the
-            environment broke in them, or in a sibling.
+        discarded: Rollouts that count only in stop/REASON, as shares of everything rolled out:
+            something broke in them or in a sibling, or their group was dropped.
     """
     trajectories = [t for g in groups for t in g.trajectories]
     turns = [turn for t in trajectories for turn in t.turns]
@@ -56,6 +56,33 @@ def rollout_metrics(
         total = sum(turn.rewards.get(name, 0.0) for turn in turns)
         metrics[f"reward/{name}"] = _ratio(total, len(trajectories))
     return metrics
+
+
+def straggler_metrics(dropped: Mapping[int, Sequence[Trajectory]]) -> dict[str, float]:
+    """What dropping the slowest groups cost: groups, and tokens that were sampled in vain."""
+    lost = [t.num_trained_tokens for members in dropped.values() for t in members]
+    return {
+        "straggler/dropped_groups": float(len(dropped)),
+        "straggler/lost_tokens": float(sum(lost)),
+    }
+
+
+def staleness_metrics(groups: Sequence[Group], current: int) -> dict[str, float]:
+    """How many updates behind the newest weights each turn was sampled.
+
+    Args:
+        current: The version of the newest weights that a runner knew of; or what a turn says, if
+            that is newer.
+    """
+    trajectories = [t for g in groups for t in g.trajectories]
+    spans = [t.weights_versions for t in trajectories if t.turns]
+    current = max([current, *(newest for _, newest in spans)])
+    behind = [current - turn.weights_version for t in trajectories for turn in t.turns]
+    return {
+        "weights/staleness_mean": _mean(behind),
+        "weights/staleness_max": float(max(behind, default=0)),
+        "weights/spanning_frac": _mean(oldest != newest for oldest, newest in spans),
+    }
 
 
 def nested(metrics: Mapping[str, float]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from rllib_gtpo.rollout_stats import Tally
+
 _LINE_EVERY_S = 30.0
 
 
@@ -44,6 +46,10 @@ class Progress:
             self._printed = time.monotonic()
             print(f"{self._label}: {self._done}/{self._total} {self._note}".rstrip(), flush=True)
 
+    def reach(self, done: int, note: str = "") -> None:
+        """Moves to `done` steps, which may be fewer than before: some may have to be repeated."""
+        self.step(done - self._done, note)
+
     def __enter__(self) -> Progress:
         return self
 
@@ -55,3 +61,24 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class RolloutProgress:
+    """A bar over trajectories, which several calls move on one after another."""
+
+    def __init__(self, bar: Progress, groups: int) -> None:
+        self._bar, self._groups = bar, groups
+        self._began = time.monotonic()
+        self._before, self._now = Tally(), Tally()
+
+    def begin(self) -> None:
+        """Another call follows: its tally starts from zero."""
+        self._before, self._now = self._before + self._now, Tally()
+
+    def show(self, tally: Tally) -> None:
+        """How far the call is."""
+        self._now = Tally() + tally
+        total = self._before + tally
+        speed = total.tokens / max(time.monotonic() - self._began, 1e-9)
+        note = f"{total.groups}/{self._groups} groups, {speed:.0f} tok/s"
+        self._bar.reach(total.trajectories, note)

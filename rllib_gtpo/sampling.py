@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rllib_gtpo.env_runner import GroupJob, Rollouts
 from rllib_gtpo.episodes import groups_of, trajectory_of
-from rllib_gtpo.errors import DataError, EnvironmentFault
-from rllib_gtpo.types import Group, Trajectory
+from rllib_gtpo.errors import DataError, EngineError, EnvironmentFault
+from rllib_gtpo.group_rollout import GroupJob, Rollouts
+from rllib_gtpo.remote_progress import remote_tallies
+from rllib_gtpo.rollout_stats import RolloutStats, Tally
+from rllib_gtpo.types import Group, StopReason, Trajectory
 
 _MAX_ROUNDS = 5
 _MAX_SKIPPED_FRAC = 10  # give up after this many times the wanted groups could not be used
@@ -24,8 +27,16 @@ class Sampled:
     skipped: dict[int, str] = field(default_factory=dict)
     incomplete: dict[int, str] = field(default_factory=dict)
     discarded: list[Trajectory] = field(default_factory=list)
+    dropped: dict[int, list[Trajectory]] = field(default_factory=dict)
+    stats: RolloutStats = field(default_factory=RolloutStats)
+    weights_version: int = 0
     runner_metrics: list[Any] = field(default_factory=list)
     lost_groups: int = 0
+
+    @property
+    def left_out(self) -> list[Trajectory]:
+        """All rollouts that are not among the episodes."""
+        return self.discarded + [t for members in self.dropped.values() for t in members]
 
     def add(self, other: Rollouts | Sampled) -> None:
         """Takes in what was sampled besides."""
@@ -33,6 +44,10 @@ class Sampled:
         self.skipped.update(other.skipped)
         self.incomplete.update(other.incomplete)
         self.discarded += other.discarded
+        for position, members in other.dropped.items():
+            self.dropped.setdefault(position, []).extend(members)
+        self.stats.add(other.stats)
+        self.weights_version = max(self.weights_version, other.weights_version)
 
 
 @dataclass
@@ -80,62 +95,100 @@ def sample_step(
     return step
 
 
+def choose_jobs(
+    owed: Sequence[int], first: int, count: int, oversample: float, job: Callable[..., GroupJob]
+) -> list[GroupJob]:
+    """The groups that a step rolls out to have `count` of them.
+
+    Those that it owes to earlier steps go first and must finish.  Of the others, which may be
+    dropped, there are more than needed by the share `oversample`.
+
+    Args:
+        owed: Positions of tasks that were dropped.
+        first: The first position of new tasks.
+        job: Makes one of a position and `must_finish`.
+    """
+    again = [job(position, must_finish=True) for position in owed[:count]]
+    new = math.ceil((count - len(again)) * (1 + oversample))
+    return again + [job(position, must_finish=False) for position in range(first, first + new)]
+
+
 def sample_groups(
     runners: Any,
     jobs: Sequence[GroupJob],
     *,
     restore: Callable[[], Any],
-    on_trajectory: Callable[[int], None] = lambda count: None,
+    wanted: int | None = None,
+    on_progress: Callable[[Tally], None] | None = None,
 ) -> Sampled:
-    """Rolls out every job; those of a runner that died are given to the others.
+    """Rolls out the jobs; those of a runner that died are given to the others.
 
-    runners: RLlib's EnvRunnerGroup.  restore: brings dead runners back.
+    runners: RLlib's EnvRunnerGroup.  restore: brings dead runners back.  wanted: How many are
+    needed, if not all; each runner drops its own share of the slowest.  on_progress: Called now and
+    then with how far all runners are.
     """
     sampled = Sampled()
+    needed = len(jobs) if wanted is None else wanted
     if runners.num_remote_workers() == 0:
         local = runners.local_env_runner
-        _collect(sampled, local.sample_groups(jobs, lambda: on_trajectory(1)), local.get_metrics())
+        rollouts = local.sample_groups(jobs, wanted=needed, on_progress=on_progress)
+        _collect(sampled, rollouts, local.get_metrics())
         return sampled
     pending = list(jobs)
     for attempt in range(_MAX_ROUNDS):
         if attempt:
             sampled.lost_groups += len(pending)
             restore()
-        done = _round(runners, pending, sampled, on_trajectory)
+        finished = len(groups_of(sampled.episodes))
+        done = _round(runners, pending, max(needed - finished, 0), sampled, on_progress)
         pending = [job for job in pending if job.position not in done]
         if not pending:
             order = {job.position: index for index, job in enumerate(jobs)}
             sampled.episodes.sort(key=lambda e: order[trajectory_of(e).group_id])
             return sampled
     raise EnvironmentFault(
-        f"{len(pending)} of {len(jobs)} groups could not be sampled in {_MAX_ROUNDS} attempts: "
-        "env runners "
-        "keep dying. Their logs say why (ray logs); memory is the usual reason: lower "
+        f"{len(pending)} of {len(jobs)} groups could not be sampled in {_MAX_ROUNDS} attempts: env "
+        "runners keep dying. Their logs say why (ray logs); memory is the usual reason: lower "
         "max_concurrency."
     )
 
 
 def _round(
-    runners: Any, jobs: list[GroupJob], sampled: Sampled, on_trajectory: Callable[[int], None]
+    runners: Any,
+    jobs: list[GroupJob],
+    needed: int,
+    sampled: Sampled,
+    on_progress: Callable[[Tally], None] | None,
 ) -> set[int]:
     """One call to each healthy runner; returns the positions that are done with."""
-    ids = runners.healthy_worker_ids()[: len(jobs)]
+    ids = runners.healthy_worker_ids()[: max(needed, 1)]
     if not ids:
         return set()
-    shares = [jobs[index :: len(ids)] for index in range(len(ids))]
+    count = len(ids)
+    shares = [jobs[index::count] for index in range(count)]
+    parts = [needed // count + (index < needed % count) for index in range(count)]
 
-    def call(share: list[GroupJob]) -> Callable[[Any], Any]:
-        return lambda runner: (runner.try_sample_groups(share), runner.get_metrics())
+    def call(
+        share: list[GroupJob], part: int, report: Callable[[Tally], None] | None
+    ) -> Callable[[Any], Any]:
+        return lambda runner: (
+            runner.try_sample_groups(share, part, report),
+            runner.get_metrics(),
+        )
 
-    results = runners.foreach_env_runner(
-        [call(share) for share in shares], local_env_runner=False, remote_worker_ids=ids
-    )
+    with remote_tallies(count, Tally.of(groups_of(sampled.episodes)), on_progress) as reports:
+        results = runners.foreach_env_runner(
+            [call(*each) for each in zip(shares, parts, reports, strict=True)],
+            local_env_runner=False,
+            remote_worker_ids=ids,
+        )
     done: set[int] = set()
     for rollouts, metrics in results:
         _collect(sampled, rollouts, metrics)
-        on_trajectory(len(rollouts.episodes))
         done |= {trajectory_of(e).group_id for e in rollouts.episodes}
-        done |= {*rollouts.skipped, *rollouts.incomplete}
+        done |= {*rollouts.skipped, *rollouts.incomplete, *rollouts.dropped}
+    if on_progress is not None:
+        on_progress(Tally.of(groups_of(sampled.episodes)))
     return done
 
 
@@ -147,12 +200,19 @@ def _collect(sampled: Sampled, rollouts: Rollouts, metrics: Any) -> None:
 
 
 def refuse_broken_environment(groups: list[Group], discarded: list[Trajectory]) -> None:
-    """One broken rollout is data; an environment that breaks most of them is a bug to be told."""
+    """One broken rollout is data; an environment or an engine that breaks most of them is to be
+    told."""
     trajectories = [t for g in groups for t in g.trajectories] + discarded
     broken = [t for t in trajectories if t.broken]
-    if 2 * len(broken) > len(trajectories):
-        raise EnvironmentFault(
-            f"{len(broken)} of {len(trajectories)} rollouts ended in an error of the "
-            "environment. The "
-            f"first: {broken[0].error}"
+    if 2 * len(broken) <= len(trajectories):
+        return
+    engine = [t for t in broken if t.stop_reason is StopReason.ENGINE_ERROR]
+    if 2 * len(engine) > len(broken):
+        raise EngineError(
+            f"{len(engine)} of {len(trajectories)} rollouts ended in an error of the engine, each "
+            f"after several attempts. The first: {engine[0].error}"
         )
+    raise EnvironmentFault(
+        f"{len(broken)} of {len(trajectories)} rollouts ended in an error of the environment. The "
+        f"first: {broken[0].error}"
+    )

@@ -282,7 +282,7 @@ class TestRewards:
             env.step(CALL % "x")
             env.step("Paris")
         group = Group(0, {}, [env.trajectory for env in envs])
-        envs[0].rubric.score_group(envs[0], group)
+        asyncio.run(envs[0].rubric.score_group(envs[0], group))
         assert [t.turns[-1].rewards["rank"] for t in group.trajectories] == [0.0, 1.0]
         assert "rank" not in group.trajectories[1].turns[0].rewards
 
@@ -313,7 +313,7 @@ class TestAsynchronousRewards:
         ]
         assert env.trajectory.correct
         group = Group(0, {}, [env.trajectory])
-        env.rubric.score_group(env, group)
+        asyncio.run(env.rubric.score_group(env, group))
         assert env.trajectory.turns[-1].rewards["rank"] == 0.0
 
     def test_a_trajectory_that_is_ended_from_outside_is_scored(self):

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rllib_gtpo.aio import run_coroutine
 from rllib_gtpo.errors import RewardError
 from rllib_gtpo.types import Group, ToolError, Trajectory, Turn
 
@@ -55,11 +54,9 @@ class Rubric:
             merge_components(trajectory.turns[-1].rewards, components, "reward")
         trajectory.correct = bool(trajectory.turns) and env.correct(trajectory, trajectory.task)
 
-    def score_group(self, env: ToolEnv, group: Group) -> None:
+    async def score_group(self, env: ToolEnv, group: Group) -> None:
         """Adds components that depend on the whole group to the last turns of its members."""
-        per_member = env.group_reward(group)
-        if inspect.isawaitable(per_member):
-            per_member = run_coroutine(_awaited(per_member))
+        per_member = await _awaited(env.group_reward(group))
         if per_member is None:
             return
         if len(per_member) != len(group.trajectories):

@@ -46,6 +46,8 @@ VOLATILE = (
     "host",
     "node_ip",
     "per_s",
+    "wait_s",
+    "overhead",
     "restore",
     "experiment",
 )
