@@ -28,7 +28,9 @@ class Request:
 
     trajectory: names the rollout; an engine may keep a cache under it until `release`.
     token_ids: the whole context so far, ending where generation starts.  It extends the previous
-        request of the same trajectory (its context plus its sampled ids plus new ones).
+        request of the same trajectory (its context plus its sampled ids plus new ones).  The list
+        is the trajectory's own and grows when the call has returned: an engine copies what it
+        keeps, and changes nothing.
     key: the sampler's random stream is a function of this tuple alone, never of batch composition.
     """
 
