@@ -29,6 +29,7 @@ from rllib_gtpo.cold_start import (
 )
 from rllib_gtpo.config import GRPOConfig, GTPOConfig
 from rllib_gtpo.engines.vllm import EnginePool, EngineSettings
+from rllib_gtpo.engines.vllm.settings import SHARED_MEMORY
 from rllib_gtpo.episodes import trajectory_of
 from rllib_gtpo.errors import Interrupted
 from rllib_gtpo.group_rollout import GroupJob
@@ -268,14 +269,24 @@ class GTPO(Algorithm):
     def sync_weights(self) -> None:
         """Learners -> rollout workers, or the engines that they share."""
         if self.engines is not None:
-            version, packed = call_learners(self.learner_group, "publish_weights")[0]
-            self.engines.update_weights(version, packed)
+            self._give_weights_to(self.engines)
             return
         self.env_runner_group.sync_weights(
             from_worker_or_learner_group=self.learner_group,
             inference_only=True,
             timeout_seconds=None,
         )
+
+    def _give_weights_to(self, engines: EnginePool) -> None:
+        """Once, however many env runners use the engines."""
+        settings = engines.settings
+        if settings.weight_transfer == SHARED_MEMORY:
+            version, packed = call_learners(self.learner_group, "publish_weights")[0]
+            engines.update_weights(version, packed)
+            return
+        with engines.device_update() as members:
+            sent = (settings.weight_transfer, engines.name, members, settings.workers)
+            call_learners(self.learner_group, "send_weights", *sent)
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """Logs numbers under their slash names, each iteration for itself."""

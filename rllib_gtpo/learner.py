@@ -34,6 +34,7 @@ from rllib_gtpo.connectors.learner import (
     TRAJECTORIES,
 )
 from rllib_gtpo.engines.vllm import pack_state
+from rllib_gtpo.engines.vllm.device import DeviceSender, Members
 from rllib_gtpo.errors import GTPOError
 from rllib_gtpo.ops.advantages import TurnCredit
 from rllib_gtpo.ops.diagnostics import finish_diagnostics
@@ -83,6 +84,7 @@ class GTPOLearner(TorchLearner):
             _NOTHING_TRAINED  # their names stay when there is nothing to train on
         )
         self._reference: Any = None
+        self._sender: DeviceSender | None = None  # of weights to engines, if they go that way
         self._objective: Objective = self.config.build_objective()
 
     # RLlib's hooks.
@@ -330,6 +332,12 @@ class GTPOLearner(TorchLearner):
             return None
         state = self._unwrapped.get_state(inference_only=True)
         return self._weights_seq_no, ray.put(pack_state(state))
+
+    def send_weights(self, backend: str, pool: str, members: Members, workers: int) -> None:
+        """Sends the weights from the learners' devices to the engines'; all learners take part."""
+        if self._sender is None:
+            self._sender = DeviceSender(backend, pool, self._unwrapped.model, self._rank)
+        self._sender.send(members, workers, self._weights_seq_no)
 
     def end_supervision(self) -> None:
         """Frees the cold start's optimizer state, and counts the weights as new."""

@@ -7,7 +7,8 @@ correct ones.  Evaluated on AIME 2024, MATH-500 and SVAMP as avg@8, pass@k and m
 left out of the training data.
 
 What must come before it is practical: this package has, today, no sharding, no LoRA, no activation
-checkpointing and no vLLM engine.  As float32, 7.6 G parameters are 28.4 GiB; a learner holds
+checkpointing; its vLLM engine was never run on a GPU.  As float32, 7.6 G parameters are 28.4 GiB; a
+learner holds
 weights, gradients and two moments, 113.5 GiB, and 11.3 MiB of activations for each token of
 `token_budget`, 45 GiB for 4096.  That is more than a GPU of 80 or 141 GiB has, and more learners
 do not make it less: each holds all of it.  (As bfloat16 the half would do, but updates of lr 1e-6

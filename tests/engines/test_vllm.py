@@ -11,11 +11,16 @@ import pytest
 import ray
 import torch
 
+from rllib_gtpo import GTPOConfig
 from rllib_gtpo.engines.base import Request, SamplingParams
 from rllib_gtpo.engines.vllm import EnginePool, EngineSettings, VLLMEngine, pack_state
-from rllib_gtpo.errors import EngineError
+from rllib_gtpo.engines.vllm.device import PoolClient
+from rllib_gtpo.engines.vllm.install import engine_argument_names
+from rllib_gtpo.engines.vllm.weights import share
+from rllib_gtpo.errors import ConfigError, EngineError
 from rllib_gtpo.models import TINY_QWEN2, load_model
 from tests.engines.processes import core_of
+from tests.tasks import Adder
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -248,6 +253,80 @@ def test_cancelling_a_call_frees_the_engine(pool):
     done, left = asyncio.run(run())
     assert len(done.token_ids) == 170
     assert left == 0
+
+
+def test_an_update_by_vllms_own_sender_goes_through_its_steps(pool):
+    """As with NCCL and CUDA IPC; here the weights come through shared memory."""
+    model = sharpened(12)
+    shared = share(ray.get(packed(model)))
+    version = next(_version)
+    with pool.device_update() as members:
+        sender = PoolClient(ray.get_actor(pool.name))
+        sender.version = version
+        sender.init_weight_transfer_engine({})
+        sender.start_weight_update()
+        sender.update_weights({"path": shared.path, "layout": shared.layout})
+        sender.finish_weight_update()
+    shared.close()
+    assert [index for index, _ in members] == [0, 1]
+    done = generate(pool, *(request(f"t{i}", key=(i,)) for i in range(4)))
+    assert {c.weights_version for c in done} == {version}
+    assert max(error(model, PROMPT, c) for c in done) < 1e-4
+
+
+def test_requests_wait_while_engines_are_paused_or_asleep(pool):
+    push(pool, sharpened(13))
+
+    async def run(stop, go):
+        engine = client(pool)
+        calls = [
+            asyncio.ensure_future(engine.generate(request(f"t{i}", key=(i,), max_tokens=150)))
+            for i in range(4)
+        ]
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(stop)
+        done_before = sum(call.done() for call in calls)
+        late = asyncio.ensure_future(engine.generate(request("late")))
+        await asyncio.sleep(0.5)
+        assert sum(call.done() for call in calls) == done_before
+        assert not late.done()
+        await asyncio.to_thread(go)
+        done = await asyncio.gather(*calls, late)
+        engine.close()
+        return done
+
+    free = generate(pool, *(request(f"t{i}", key=(i,), max_tokens=150) for i in range(4)))
+    for stop, go in ((pool.pause, pool.resume), (pool.sleep, pool.wake)):
+        done = asyncio.run(run(stop, go))
+        assert [c.token_ids for c in done[:4]] == [c.token_ids for c in free]
+
+
+def test_a_cache_that_is_too_small_is_told_at_the_start(ray_session):
+    small = EnginePool.start(settings(num_engines=1, options={"kv_cache_memory_bytes": 1000}))
+    try:
+        with pytest.raises(ConfigError, match="cannot hold one context of 256 tokens"):
+            push(small, sharpened(0))
+    finally:
+        small.stop()
+
+
+def test_names_of_engine_settings_are_vllms_own():
+    assert {"max_num_seqs", "tensor_parallel_size", "enable_lora"} <= engine_argument_names()
+    config = GTPOConfig().environment(Adder).rollouts(engine="vllm")
+    config.validate()
+    with pytest.raises(ConfigError, match="did you mean 'max_num_seqs'"):
+        config.rollouts(engine_config={"max_num_sequences": 4}).validate()
+
+
+def test_bfloat16_is_close_to_the_learners(ray_session):
+    one = EnginePool.start(settings(num_engines=1, dtype="bfloat16"))
+    try:
+        model = sharpened(14, "bfloat16")
+        push(one, model)
+        done = generate(one, *(request(f"t{i}", key=(i,)) for i in range(8)))
+        assert max(error(model, PROMPT, c) for c in done) < 2e-2
+    finally:
+        one.stop()
 
 
 def test_weights_that_do_not_fit_are_refused_and_the_engines_serve_on(pool):

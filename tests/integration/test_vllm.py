@@ -8,7 +8,6 @@ import time
 
 import pytest
 import torch
-from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from rllib_gtpo import GTPOConfig
 from rllib_gtpo.rl_module import RemoteModule
@@ -20,19 +19,26 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 GROUPS, MEMBERS = 4, 4
 
 
-class KillOnce(RLlibCallback):
-    """Kills the core of an engine in the middle of an iteration, when it is told to."""
+def killer(order):
+    """A callback that kills the core of an engine once the file `order` names its actor."""
 
-    victim: int | None = None
+    def on_episode_step(**kwargs):
+        try:
+            taken = order.rename(order.with_suffix(".taken"))
+        except FileNotFoundError:
+            return
+        os.kill(core_of(int(taken.read_text())), signal.SIGKILL)
 
-    def on_episode_step(self, **kwargs):
-        if KillOnce.victim is not None:
-            os.kill(core_of(KillOnce.victim), signal.SIGKILL)
-            KillOnce.victim = None
+    return on_episode_step
 
 
 @pytest.fixture(scope="module")
-def algorithm(ray_session):
+def order(tmp_path_factory):
+    return tmp_path_factory.mktemp("kill") / "pid"
+
+
+@pytest.fixture(scope="module")
+def algorithm(ray_session, order):
     config = (
         GTPOConfig()
         .environment(Calculator)
@@ -44,7 +50,8 @@ def algorithm(ray_session):
         .training(lr=1e-3, group_size=MEMBERS, groups_per_step=GROUPS)
         .evaluation(evaluation_interval=100, evaluation_duration=8)
         .reporting(progress=False)
-        .callbacks(KillOnce)
+        .env_runners(num_env_runners=1)
+        .callbacks(on_episode_step=killer(order))
         .debugging(seed=1)
     )
     made = config.build_algo()
@@ -83,11 +90,12 @@ def test_evaluation_shares_the_engines(algorithm):
     assert 0.0 <= algorithm.evaluate()["accuracy"] <= 1.0
 
 
-def test_a_killed_engine_costs_no_group(algorithm):
+def test_a_killed_engine_costs_no_group(algorithm, order):
     before = algorithm.engines.report()
-    KillOnce.victim = before.engines[0].pid
+    order.with_suffix(".new").write_text(str(before.engines[0].pid))
+    order.with_suffix(".new").rename(order)
     result = algorithm.train()
-    assert KillOnce.victim is None
+    assert not order.exists()
     assert result["group"]["kept"] == GROUPS
     assert result["group"]["incomplete"] == 0
     assert result["trajectory"]["discarded"] == 0

@@ -86,11 +86,12 @@ class EngineActor:
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def _build(self) -> Any:
+        # First what is ours to check: importing vLLM takes seconds.
+        arguments = self._settings.arguments(Path(self._directory.name))
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        arguments = self._settings.arguments(Path(self._directory.name))
         transfer = WeightTransferConfig(backend=self._settings.weight_transfer)
         try:
             made = AsyncEngineArgs(**arguments, weight_transfer_config=transfer)
@@ -251,7 +252,7 @@ class EngineActor:
     # Life.
 
     async def sleep(self, level: int) -> None:
-        """Gives the device's memory back until `wake`; nothing may be in flight."""
+        """Gives the device's memory back until `wake`; requests in flight are aborted."""
         await self._engine.sleep(level)
 
     async def wake(self) -> None:

@@ -11,13 +11,15 @@ import contextlib
 import itertools
 import logging
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
 from rllib_gtpo.engines.vllm.actor import EngineActor
-from rllib_gtpo.engines.vllm.settings import EngineSettings
+from rllib_gtpo.engines.vllm.device import Members, place_of
+from rllib_gtpo.engines.vllm.settings import SHARED_MEMORY, EngineSettings
 from rllib_gtpo.engines.vllm.weights import Layout
 from rllib_gtpo.errors import ConfigError, EngineError
 
@@ -56,6 +58,7 @@ class PoolActor:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._serving: dict[int, Engine] = {}
+        self._waiting: dict[int, Engine] = {}  # for the next update from the learners' devices
         self._starting: dict[int, asyncio.Task[None]] = {}
         self._generation: dict[int, int] = {}
         self._weights: tuple[int, list[Any]] | None = None
@@ -135,6 +138,9 @@ class PoolActor:
             node, pid = await actor.start.remote()
             engine = Engine(index, generation, actor, node, pid)
             async with self._lock:
+                if self._settings.weight_transfer != SHARED_MEMORY:
+                    self._waiting[index] = engine
+                    return
                 if self._weights is not None:
                     failed = await self._push([engine], *self._weights)
                     if failed:
@@ -229,6 +235,50 @@ class PoolActor:
                     f"the engines have {old and old[:3]}"
                 )
 
+    # Weights that do not come this way: see device.py.
+
+    async def begin_update(self) -> Members:
+        """Pauses all engines for an update, and those that have just started join it."""
+        if not self._serving:
+            await asyncio.gather(*self._starting.values())
+        await self._lock.acquire()
+        try:
+            await asyncio.gather(*(e.actor.pause.remote() for e in self._updating()))
+        except BaseException:
+            self._lock.release()
+            raise
+        return [(e.index, e.generation) for e in self._updating()]
+
+    async def transfer(self, step: str, info: Any) -> None:
+        """One step of vLLM's weight transfer protocol at all engines at once."""
+        engines = self._updating()
+        infos = [info] * len(engines)
+        if step == "init_weight_transfer_engine":
+            workers = self._settings.workers
+            infos = [place_of(info, place, workers) for place in range(len(engines))]
+        await asyncio.gather(
+            *(e.actor.transfer.remote(step, i) for e, i in zip(engines, infos, strict=True))
+        )
+
+    async def end_update(self, done: bool) -> None:
+        """Goes on with new weights; engines that may hold half of them are replaced."""
+        engines = self._updating()
+        try:
+            self._serving |= self._waiting
+            self._waiting.clear()
+            if done:
+                await asyncio.gather(*(e.actor.resume.remote() for e in engines))
+                self._have_weights.set()
+            else:
+                for engine in engines:
+                    self._give_up(engine.index, engine.generation, "an update failed")
+        finally:
+            self._lock.release()
+
+    def _updating(self) -> list[Engine]:
+        engines = self._serving | self._waiting
+        return [engines[index] for index in sorted(engines)]
+
     async def call_all(self, method: str, *args: Any) -> list[Any]:
         """Calls a method of every serving engine, none of which may join meanwhile."""
         async with self._lock:
@@ -269,8 +319,9 @@ class EnginePool:
         pool.stop()
     """
 
-    def __init__(self, name: str, actor: Any) -> None:
+    def __init__(self, name: str, actor: Any, settings: EngineSettings) -> None:
         self.name = name
+        self.settings = settings
         self._actor = actor
 
     @classmethod
@@ -283,11 +334,22 @@ class EnginePool:
             .remote(settings)
         )
         ray.get(actor.start.remote())
-        return cls(name, actor)
+        return cls(name, actor, settings)
 
     def update_weights(self, version: int, packed: ray.ObjectRef) -> None:
         """Gives all engines the weights that `pack_state` made, as a reference to them."""
         _get(self._actor.update_weights.remote(version, [packed]))
+
+    @contextlib.contextmanager
+    def device_update(self) -> Iterator[Members]:
+        """Holds the engines while learners send them weights from their devices."""
+        members = _get(self._actor.begin_update.remote())
+        done = False
+        try:
+            yield members
+            done = True
+        finally:
+            _get(self._actor.end_update.remote(done))
 
     def report(self) -> PoolReport:
         """What has become of the engines so far."""

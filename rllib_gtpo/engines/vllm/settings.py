@@ -20,7 +20,6 @@ BACKENDS = (SHARED_MEMORY, "nccl", "ipc")
 _OURS = {
     "model": "set it with language_model(model=...)",
     "tokenizer": "engines see tokens only",
-    "dtype": "set it with language_model(dtype=...)",
     "max_model_len": "set it with rollouts(max_tokens=...)",
     "seed": "each request has a seed of its own",
     "logprobs_mode": "training needs those of the sampling distribution",
@@ -139,7 +138,7 @@ class EngineSettings:
     def _check_cache(self, config: Any, arguments: dict[str, Any]) -> None:
         """Refuses a cache that cannot hold one context: vLLM says so only in its own log."""
         size = arguments.get("kv_cache_memory_bytes")
-        per_token = kv_bytes_per_token(config, self.dtype)
+        per_token = kv_bytes_per_token(config, str(arguments["dtype"]))
         if size is None or per_token is None:
             return
         needed = per_token * (self.max_context + arguments.get("block_size", 16))
@@ -167,7 +166,7 @@ def kv_bytes_per_token(config: Any, dtype: str) -> int | None:
 
 def check_vllm(config: GTPOConfig) -> None:
     """Raises ConfigError for settings that vLLM engines cannot honour."""
-    installed_version()
+    _, cpu = installed_version()
     if config.deterministic:
         raise ConfigError(
             "deterministic=True is not possible with engine='vllm': its sums depend on which "
@@ -186,4 +185,9 @@ def check_vllm(config: GTPOConfig) -> None:
     if backend not in BACKENDS:
         raise ConfigError(
             f"engine_config weight_transfer={backend!r} is unknown{did_you_mean(backend, BACKENDS)}"
+        )
+    if cpu and backend != SHARED_MEMORY:
+        raise ConfigError(
+            f"engine_config weight_transfer={backend!r} needs GPUs, and vLLM is a CPU build: leave "
+            "it out."
         )
