@@ -15,14 +15,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from rllib_gtpo.errors import EnvironmentFault
+
 _idle: deque[_Thread] = deque()
 MAX_IDLE = 64
+_NAME = "tool"
 
 
 class _Thread:
     def __init__(self) -> None:
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="tool", daemon=True).start()
+        threading.Thread(target=self._run, name=_NAME, daemon=True).start()
 
     def _run(self) -> None:
         while True:
@@ -38,6 +41,9 @@ def start(fn: Callable[[], Any], loop: asyncio.AbstractEventLoop) -> asyncio.Fut
     """Run `fn` in an idle or a new thread; the future is for the running loop alone.
 
     `fn` must not raise.  Whoever stops waiting for the future abandons the thread to `fn`.
+
+    Raises:
+        EnvironmentFault: The system gives no more threads.
     """
     future: asyncio.Future[Any] = loop.create_future()
     context = contextvars.copy_context()
@@ -56,7 +62,15 @@ def start(fn: Callable[[], Any], loop: asyncio.AbstractEventLoop) -> asyncio.Fut
     try:
         thread = _idle.pop()
     except IndexError:
-        thread = _Thread()
+        try:
+            thread = _Thread()
+        except RuntimeError as error:  # the limit of the system or of the container
+            running = sum(t.name == _NAME for t in threading.enumerate())
+            raise EnvironmentFault(
+                f"There is no thread for a tool ({error}): {running} threads are running tools, "
+                "perhaps some that never return.  Let these give up by themselves, or run what "
+                "they do in a process, such as the sandbox; or lower max_concurrency."
+            ) from error
     thread.inbox.put(work)
     return future
 

@@ -7,12 +7,13 @@ import sys
 import threading
 import time
 import tracemalloc
+from collections import deque
 
 import pytest
 
 from rllib_gtpo.errors import EnvironmentFault
 from rllib_gtpo.sandbox import Limits, SandboxUnavailable, Status
-from rllib_gtpo.tools import PythonSession, Tool, run_calls, run_tool, to_tool_result
+from rllib_gtpo.tools import PythonSession, Tool, run_calls, run_tool, threads, to_tool_result
 from rllib_gtpo.tools.python import shared_sandbox
 from rllib_gtpo.types import ToolCall, ToolError, ToolResult
 
@@ -199,6 +200,7 @@ def test_a_long_list_is_written_while_the_others_go_on():
 
         ticker = asyncio.create_task(tick())
         result = await run_tool(tool, {}, timeout=60, output_chars=100)
+        await asyncio.sleep(0.05)  # the ticker notices
         ticker.cancel()
         return result, longest
 
@@ -239,6 +241,16 @@ def test_threads_are_reused_and_hung_ones_replaced():
         release.set()
     assert len(ids) <= 2  # the thread may not be idle again yet
     assert {r.error for r in hung} == {ToolError.TIMEOUT} and after.error is None
+
+
+def test_the_end_of_threads_is_told(monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threads, "_idle", deque(maxlen=0))  # others may become idle
+    monkeypatch.setattr(threading.Thread, "start", refuse)  # as at the system's limit
+    with pytest.raises(EnvironmentFault, match=r"no thread for a tool .* \d+ threads are running"):
+        run(lambda: "x")
 
 
 def test_a_hung_tool_does_not_keep_the_process():

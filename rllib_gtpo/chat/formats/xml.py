@@ -155,4 +155,4 @@ def _types(schema: Schema) -> set[str]:
     types = set(given) if isinstance(given, list) else {given} if given else set()
     for one in schema.get("anyOf") or schema.get("oneOf") or ():
         types |= _types(one)
-    return types
+    return types | {"null"} if types and schema.get("nullable") else types
