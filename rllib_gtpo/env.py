@@ -17,9 +17,8 @@ Reward functions may be `async def`: while one waits (for a grader, a judge), ot
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -29,9 +28,8 @@ from rllib_gtpo.chat import CallFormat, call_format
 from rllib_gtpo.data import load_tasks
 from rllib_gtpo.errors import DataError, EnvironmentFault
 from rllib_gtpo.rewards.rubric import Rubric
-from rllib_gtpo.tools.mcp import MCPServer, ServerTools
 from rllib_gtpo.tools.run import run_calls
-from rllib_gtpo.tools.schema import Tool, ToolSchemaError
+from rllib_gtpo.tools.toolbox import Toolbox, ToolSource
 from rllib_gtpo.types import (
     Group,
     Message,
@@ -44,8 +42,6 @@ from rllib_gtpo.types import (
 )
 
 Components = Mapping[str, float]
-ToolSource = Callable[..., Any] | Tool | str | MCPServer
-"""What `tools` may hold: a typed function or method, "package.module:function", a server."""
 
 
 class ChatSpace(gym.Space[Any]):
@@ -104,11 +100,7 @@ class ToolEnv(gym.Env[Any, Any]):
         self.rubric = Rubric()
         self.call_format: CallFormat = call_format("hermes")
         self.trajectory: Trajectory | None = None
-        self._functions = [
-            (t, self._as_tool(t)) for t in self.tools if not isinstance(t, MCPServer)
-        ]
-        self._servers: list[ServerTools] = []
-        self._known_tools = self._by_name(self._functions)
+        self._toolbox = Toolbox(self, self.tools)
 
     # What a task overrides.
 
@@ -189,7 +181,7 @@ class ToolEnv(gym.Env[Any, Any]):
     @property
     def tool_schemas(self) -> list[dict[str, Any]]:
         """The tools as JSON schemas, in the form that chat templates take."""
-        return [tool.schema for tool in self._tools.values()]
+        return [tool.schema for tool in self._toolbox.tools.values()]
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -203,8 +195,7 @@ class ToolEnv(gym.Env[Any, Any]):
                 raise DataError(f"{type(self).__name__}.tasks('train') has no rows.")
             task = rows[int(self.np_random.integers(len(rows)))]
         self.trajectory = Trajectory(task=task)
-        for server in self._servers:
-            server.begin_trajectory()
+        self._toolbox.begin_trajectory()
         return Observation(self.first_messages(task), self.tool_schemas), {}
 
     def first_messages(self, task: Task) -> list[Message]:
@@ -235,7 +226,7 @@ class ToolEnv(gym.Env[Any, Any]):
         truncated = turn.finish != "stop"
         if not truncated and turn.calls:
             turn.results = await run_calls(
-                self._tools,
+                self._toolbox.tools,
                 turn.calls,
                 timeout=self.tool_timeout,
                 output_chars=self.tool_output_chars,
@@ -288,38 +279,4 @@ class ToolEnv(gym.Env[Any, Any]):
 
     def close_servers(self) -> None:
         """This environment needs no MCP server any more, or not until its tools are used again."""
-        for server in self._servers:
-            server.close()
-        self._servers = []
-
-    @property
-    def _tools(self) -> dict[str, Tool]:
-        """All tools by name; MCP servers start when they are first needed."""
-        if not self._servers and len(self._functions) < len(self.tools):
-            self._servers = [ServerTools(t, self) for t in self.tools if isinstance(t, MCPServer)]
-            served = [(s.server, tool) for s in self._servers for tool in s.tools]
-            self._known_tools = self._by_name([*self._functions, *served])
-        return self._known_tools
-
-    def _by_name(self, given: Iterable[tuple[ToolSource, Tool]]) -> dict[str, Tool]:
-        tools: dict[str, Tool] = {}
-        sources: dict[str, ToolSource] = {}
-        for source, tool in given:
-            if tool.name in tools:
-                raise ToolSchemaError(
-                    f"{type(self).__name__}.tools has two tools named {tool.name!r}: "
-                    f"{sources[tool.name]!r} and {source!r}.  Rename one: @tool(name=...), or "
-                    "MCPServer(prefix=...)."
-                )
-            tools[tool.name], sources[tool.name] = tool, source
-        return tools
-
-    def _as_tool(self, tool: Any) -> Tool:
-        """A function is a tool; a function of the class body is a method, so it is bound first."""
-        if isinstance(tool, Tool):
-            return tool
-        if isinstance(tool, str):
-            return Tool.from_path(tool)
-        name = getattr(tool, "__name__", "")
-        is_method = inspect.getattr_static(type(self), name, None) is tool
-        return Tool.from_function(getattr(self, name) if is_method else tool)
+        self._toolbox.close()

@@ -10,99 +10,20 @@ import asyncio
 import atexit
 import math
 import os
-import shutil
-import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 from rllib_gtpo.errors import EnvironmentFault
+from rllib_gtpo.tools.transports import Address, over_http, over_stdio
 from rllib_gtpo.types import ToolError, ToolResult
 
 T = TypeVar("T")
 
-_STDERR_TAIL = 2000  # characters of a server's stderr that an error shows
 _EXIT_SECONDS = 8.0  # to wait for servers when the process exits; the SDK kills after four
-# The server gets SIGTERM when this process is killed and cannot end it itself (Linux).
-_DIE_WITH_PARENT = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); "
-    "os.getppid() == int(sys.argv[1]) or os._exit(1); os.execvp(sys.argv[2], sys.argv[2:])"
-)
-
-
-@dataclass(frozen=True)
-class Address:
-    """How to reach a server: a command that speaks MCP on its standard streams, or a URL."""
-
-    command: tuple[str, ...] = ()
-    url: str | None = None
-    env: tuple[tuple[str, str], ...] = ()
-    cwd: str | None = None
-    headers: tuple[tuple[str, str], ...] = ()
-    start_timeout: float = 60.0
-
-    def __str__(self) -> str:
-        return self.url if self.url is not None else " ".join(self.command)
-
-
-class _Watched:
-    """A stream of messages that tells when it ends."""
-
-    def __init__(self, stream: Any, ended: Callable[[], None]) -> None:
-        self._stream, self._ended = stream, ended
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def __aiter__(self) -> _Watched:
-        return self
-
-    async def __anext__(self) -> Any:
-        try:
-            return await self._stream.__anext__()
-        except BaseException:
-            self._ended()
-            raise
-
-    async def __aenter__(self) -> _Watched:
-        await self._stream.__aenter__()
-        return self
-
-    async def __aexit__(self, *exception: Any) -> Any:
-        return await self._stream.__aexit__(*exception)
-
-
-class _Stderr:
-    """The end of what a server writes to its stderr."""
-
-    def __init__(self) -> None:
-        self._read, self.write = os.pipe()
-        self._tail = b""
-        os.set_blocking(self._read, False)
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._read, self._take)
-
-    def _take(self) -> bool:
-        try:
-            data = os.read(self._read, 1 << 16)
-        except BlockingIOError:
-            return False
-        if not data:
-            self._loop.remove_reader(self._read)
-        self._tail = (self._tail + data)[-4 * _STDERR_TAIL :]
-        return bool(data)
-
-    def close(self) -> str:
-        """The text; the pipe is gone then."""
-        while self._take():
-            pass
-        self._loop.remove_reader(self._read)
-        os.close(self._read)
-        return self._tail.decode("utf-8", "replace").strip()[-_STDERR_TAIL:]
 
 
 class Connection:
@@ -213,9 +134,7 @@ class Connection:
                 lambda _: scope.cancel() if stop.is_set() and not session.done() else None
             )
             try:
-                self._refuse_missing_command()
-                transport = self._http() if self.address.url else self._stdio(ended)
-                async with Client(transport) as client:
+                async with Client(self._transport(ended)) as client:
                     scope.deadline = math.inf
                     if not session.done():
                         session.set_result(client)
@@ -230,49 +149,17 @@ class Connection:
             session.set_exception(self._fault(late if error is None else _reason(error)))
             session.exception()  # nobody may be waiting any more
 
-    def _refuse_missing_command(self) -> None:
-        command = self.address.command
-        path = dict(self.address.env).get("PATH", os.environ.get("PATH"))
-        if command and shutil.which(command[0], path=path) is None:
-            raise FileNotFoundError(f"the command {command[0]!r} was not found")
+    def _transport(self, ended: Callable[[], None]) -> Any:
+        if self.address.url is not None:
+            return over_http(self.address)
+        return over_stdio(self.address, ended, self._note_stderr)
+
+    def _note_stderr(self, text: str) -> None:
+        self._stderr = text
 
     def _fault(self, reason: str) -> EnvironmentFault:
         said = f"\nIts stderr ended with:\n{self._stderr}" if self._stderr else ""
         return EnvironmentFault(f"MCP server {str(self.address)!r} does not start: {reason}{said}")
-
-    @asynccontextmanager
-    async def _stdio(self, ended: Callable[[], None]) -> AsyncIterator[Any]:
-        from mcp.client.stdio import StdioServerParameters, stdio_client
-
-        command = list(self.address.command)
-        if sys.platform == "linux" and sys.executable:
-            guard = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
-            command = [*guard, *command]
-        parameters = StdioServerParameters(
-            command=command[0], args=command[1:], env=dict(self.address.env), cwd=self.address.cwd
-        )
-        stderr = _Stderr()
-        try:
-            with os.fdopen(stderr.write, "w") as theirs:
-                async with stdio_client(parameters, errlog=theirs) as (read, write):
-                    theirs.close()  # the server has it
-                    yield _Watched(read, ended), write
-        finally:
-            self._stderr = stderr.close()
-
-    @asynccontextmanager
-    async def _http(self) -> AsyncIterator[Any]:
-        import httpx2
-        from mcp.client.streamable_http import streamable_http_client
-
-        client = httpx2.AsyncClient(
-            headers=dict(self.address.headers),
-            timeout=httpx2.Timeout(30.0, read=None, pool=None),  # a tool has its own timeout
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=100),
-        )
-        assert self.address.url is not None
-        async with client, streamable_http_client(self.address.url, http_client=client) as streams:
-            yield streams
 
 
 def _is_lost(error: Any) -> bool:

@@ -21,8 +21,9 @@ from typing import Any
 from weakref import finalize
 
 from rllib_gtpo.errors import ConfigError, did_you_mean
-from rllib_gtpo.tools.connection import Address, Connection, home
+from rllib_gtpo.tools.connection import Connection, home
 from rllib_gtpo.tools.schema import Tool, check_limits
+from rllib_gtpo.tools.transports import Address
 from rllib_gtpo.types import ToolError, ToolResult
 
 _SDK = "MCP tools need the MCP SDK, version 2: pip install 'rllib-gtpo[mcp]'"

@@ -168,7 +168,7 @@ class TestAnswers:
             tools = [MCPServer(COMMAND, timeout=0.3, include=["sleep", "pid"])]
 
         env = started(Short())
-        assert set(env._tools) == {"sleep", "pid"}
+        assert {t["function"]["name"] for t in env.tool_schemas} == {"sleep", "pid"}
         assert say(env, "pid").error in (None, ToolError.TIMEOUT)  # while the server starts
         result = say(env, "sleep", seconds=60)
         assert (result.error, result.content) == (ToolError.TIMEOUT, "Error: timed out after 0.3 s")
