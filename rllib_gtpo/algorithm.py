@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import COMPONENT_LEARNER_GROUP, DEFAULT_MODULE_ID
+from ray.rllib.core import COMPONENT_LEARNER_GROUP, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.utils.metrics import (
@@ -17,6 +17,7 @@ from ray.rllib.utils.metrics import (
     EVALUATION_RESULTS,
     LEARNER_RESULTS,
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
+    WEIGHTS_SEQ_NO,
 )
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 
@@ -278,15 +279,17 @@ class GTPO(Algorithm):
         )
 
     def _give_weights_to(self, engines: EnginePool) -> None:
-        """Once, however many env runners use the engines."""
+        """Once, however many env runners use the engines; those learn the version only."""
         settings = engines.settings
         if settings.weight_transfer == SHARED_MEMORY:
             version, packed = call_learners(self.learner_group, "publish_weights")[0]
             engines.update_weights(version, packed)
-            return
-        with engines.device_update() as members:
-            sent = (settings.weight_transfer, engines.name, members, settings.workers)
-            call_learners(self.learner_group, "send_weights", *sent)
+        else:
+            with engines.device_update() as members:
+                sent = (settings.weight_transfer, engines.name, members, settings.workers)
+                version = call_learners(self.learner_group, "send_weights", *sent)[0]
+        state = {COMPONENT_RL_MODULE: {}, WEIGHTS_SEQ_NO: version}
+        self.env_runner_group.foreach_env_runner(lambda runner: runner.set_state(state))
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """Logs numbers under their slash names, each iteration for itself."""

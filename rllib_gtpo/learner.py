@@ -333,11 +333,15 @@ class GTPOLearner(TorchLearner):
         state = self._unwrapped.get_state(inference_only=True)
         return self._weights_seq_no, ray.put(pack_state(state))
 
-    def send_weights(self, backend: str, pool: str, members: Members, workers: int) -> None:
-        """Sends the weights from the learners' devices to the engines'; all learners take part."""
+    def send_weights(self, backend: str, pool: str, members: Members, workers: int) -> int:
+        """Sends the weights from the learners' devices to the engines'; all learners take part.
+
+        Returns their version.
+        """
         if self._sender is None:
             self._sender = DeviceSender(backend, pool, self._unwrapped.model, self._rank)
         self._sender.send(members, workers, self._weights_seq_no)
+        return self._weights_seq_no
 
     def end_supervision(self) -> None:
         """Frees the cold start's optimizer state, and counts the weights as new."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import json
 import os
 import signal
 import time
@@ -10,6 +12,7 @@ import time
 import pytest
 import ray
 import torch
+from safetensors.torch import save_file
 
 from rllib_gtpo import GTPOConfig
 from rllib_gtpo.engines.base import Request, SamplingParams
@@ -67,8 +70,8 @@ def pool(ray_session):
     made.stop()
 
 
-def client(pool):
-    return VLLMEngine(pool.name, max_context=CONTEXT, vocab_size=266)
+def client(pool, **options):
+    return VLLMEngine(pool.name, max_context=CONTEXT, vocab_size=266, **options)
 
 
 def request(trajectory, ids=PROMPT, *, key=(1,), **sampling):
@@ -318,15 +321,67 @@ def test_names_of_engine_settings_are_vllms_own():
         config.rollouts(engine_config={"max_num_sequences": 4}).validate()
 
 
-def test_bfloat16_is_close_to_the_learners(ray_session):
-    one = EnginePool.start(settings(num_engines=1, dtype="bfloat16"))
-    try:
-        model = sharpened(14, "bfloat16")
-        push(one, model)
-        done = generate(one, *(request(f"t{i}", key=(i,)) for i in range(8)))
-        assert max(error(model, PROMPT, c) for c in done) < 2e-2
-    finally:
-        one.stop()
+@pytest.fixture(scope="module")
+def other_pool(ray_session):
+    """One engine of another kind: bfloat16, with adapters."""
+    lora = {"enable_lora": True, "max_lora_rank": 8}
+    made = EnginePool.start(settings(num_engines=1, dtype="bfloat16", options=lora))
+    push(made, sharpened(0, "bfloat16"))
+    yield made
+    made.stop()
+
+
+def test_bfloat16_is_close_to_the_learners(other_pool):
+    model = sharpened(14, "bfloat16")
+    push(other_pool, model)
+    done = generate(other_pool, *(request(f"t{i}", key=(i,)) for i in range(8)))
+    assert max(error(model, PROMPT, c) for c in done) < 2e-2
+
+
+def write_adapter(directory, model, seed):
+    """A random adapter of the query and value projections; returns the model with it merged."""
+    generator = torch.Generator().manual_seed(seed)
+    merged, tensors = copy.deepcopy(model), {}
+    for name, module in merged.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            down = torch.randn(8, module.in_features, generator=generator) / 4
+            up = torch.randn(module.out_features, 8, generator=generator) / 4
+            for part, value in (("lora_A", down), ("lora_B", up)):
+                tensors[f"base_model.model.{name}.{part}.weight"] = value.to(module.weight.dtype)
+            with torch.no_grad():
+                module.weight += (2 * up @ down).to(module.weight.dtype)
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "bias": "none"}
+    config |= {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return merged
+
+
+def test_adapters_and_the_model_itself_share_a_batch(other_pool, tmp_path):
+    """With all slots of adapters taken, vLLM's CPU kernel would give one to the others."""
+    model = sharpened(15, "bfloat16")
+    push(other_pool, model)
+    merged = [write_adapter(tmp_path / f"v{n}", model, n) for n in (1, 2)]
+    versions = [other_pool.load_adapter("math", tmp_path / f"v{n}") for n in (1, 2)]
+    assert len({v.name for v in versions}) == 2
+
+    async def run():
+        clients = [client(other_pool, adapter=adapter) for adapter in (None, *versions)]
+        done = await asyncio.gather(
+            *(c.generate(request(f"t{i}", key=(i,))) for i in range(4) for c in clients)
+        )
+        for c in clients:
+            c.close()
+        return done
+
+    done = asyncio.run(run())
+    for which, expected in enumerate((model, *merged)):
+        assert max(error(expected, PROMPT, c) for c in done[which::3]) < 5e-2
+    assert error(model, PROMPT, done[1]) > 0.2
+    other_pool.load_adapter("math", tmp_path / "v1")
+    with pytest.raises(ConfigError, match="'code' is one too many"):
+        other_pool.load_adapter("code", tmp_path / "v1")
 
 
 def test_weights_that_do_not_fit_are_refused_and_the_engines_serve_on(pool):

@@ -75,6 +75,7 @@ def test_it_samples_with_the_weights_that_it_learns(algorithm):
         assert result["turn"]["per_trajectory"] > 1  # it calls its tool
         # The sampler's log-probabilities are the learner's: else the weights are not in sync.
         assert abs(result["mismatch"]["kl"]) < 1e-6, iteration
+        assert set(result["weights"].values()) == {0.0}  # neither stale nor spanning
     assert not torch.equal(before, weights(algorithm))
     report = algorithm.engines.report()
     assert report.serving == 2

@@ -19,6 +19,18 @@ from rllib_gtpo.engines.vllm.weights import Layout, SharedWeights, share
 from rllib_gtpo.errors import ConfigError, EngineError
 
 
+class Adapter(NamedTuple):
+    """One version of a LoRA adapter.
+
+    name, number: Its own, never used again: vLLM takes files of a known name for unchanged.
+    path: A directory in PEFT's format.
+    """
+
+    name: str
+    number: int
+    path: str
+
+
 class Row(NamedTuple):
     """A request on its way to an engine; `number` is the client's name for it."""
 
@@ -29,6 +41,7 @@ class Row(NamedTuple):
     top_p: float
     stop_token_ids: list[int]
     seed: int
+    adapter: Adapter | None = None
 
 
 class Sampled(NamedTuple):
@@ -152,6 +165,7 @@ class EngineActor:
 
     async def _generate(self, client: str, row: Row) -> Sampled:
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
         sampling = SamplingParams(
@@ -166,8 +180,10 @@ class EngineActor:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = {"prompt_token_ids": row.token_ids}
+        adapter = None if row.adapter is None else LoRARequest(*row.adapter)
+        name = f"{client}-{row.number}"
         final: Any = None
-        async for output in self._engine.generate(prompt, sampling, f"{client}-{row.number}"):
+        async for output in self._engine.generate(prompt, sampling, name, lora_request=adapter):
             final = output
         output = final.outputs[0]
         token_ids = list(output.token_ids)
@@ -248,6 +264,14 @@ class EngineActor:
     async def resume(self) -> None:
         """Goes on with the requests that were in flight."""
         await self._engine.resume_generation()
+
+    async def load_adapter(self, adapter: Adapter, outdated: int | None) -> None:
+        """Loads a version of an adapter, and drops one that is not to be used any more."""
+        from vllm.lora.request import LoRARequest
+
+        await self._engine.add_lora(LoRARequest(*adapter))
+        if outdated is not None:
+            await self._engine.remove_lora(outdated)
 
     # Life.
 

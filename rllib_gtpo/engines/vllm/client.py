@@ -15,7 +15,7 @@ from typing import Any
 
 from rllib_gtpo.engines.base import Request, check_request
 from rllib_gtpo.engines.sampling import compute_stream
-from rllib_gtpo.engines.vllm.actor import Row, Sampled
+from rllib_gtpo.engines.vllm.actor import Adapter, Row, Sampled
 from rllib_gtpo.errors import EngineError, GTPOError
 from rllib_gtpo.types import Completion
 
@@ -39,7 +39,7 @@ class Session:
         self._numbers = itertools.count()
         self._collector: asyncio.Task[None] | None = None
 
-    async def call(self, request: Request) -> Sampled:
+    async def call(self, request: Request, adapter: Adapter | None = None) -> Sampled:
         """Raises EngineDown if the engine fails meanwhile."""
         loop = asyncio.get_running_loop()
         sampling, number = request.sampling, next(self._numbers)
@@ -55,6 +55,7 @@ class Session:
                 sampling.top_p if sampling.temperature > 0 else 1.0,
                 list(sampling.stop_token_ids),
                 compute_stream(request.key) & _MASK63,
+                adapter,
             )
         )
         if self._collector is None:
@@ -115,6 +116,8 @@ class VLLMEngine:
         max_context: most tokens of a context and its completion, as the engines were started with.
         vocab_size: rows of the model's output head.
         patience_s: how long a request may wait for an engine to be (re)started.
+        adapter: what `EnginePool.load_adapter` gave, for all requests; None samples from the model
+            itself.
     """
 
     def __init__(
@@ -124,7 +127,9 @@ class VLLMEngine:
         max_context: int,
         vocab_size: int,
         patience_s: float = PATIENCE_S,
+        adapter: Adapter | None = None,
     ) -> None:
+        self.adapter = adapter
         self.max_context = max_context
         self.cached_tokens = 0  # of contexts that the engines found in their prefix caches
         self._vocab_size = vocab_size
@@ -151,7 +156,7 @@ class VLLMEngine:
         while len(failures) <= RESENDS:
             session = await self._session_of(request.trajectory)
             try:
-                sampled = await session.call(request)
+                sampled = await session.call(request, self.adapter)
             except EngineDown as down:
                 failures.append(str(down))
                 self._report(session, str(down))

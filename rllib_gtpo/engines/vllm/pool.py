@@ -13,13 +13,18 @@ import logging
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
 
-from rllib_gtpo.engines.vllm.actor import EngineActor
+from rllib_gtpo.engines.vllm.actor import Adapter, EngineActor
 from rllib_gtpo.engines.vllm.device import Members, place_of
-from rllib_gtpo.engines.vllm.settings import SHARED_MEMORY, EngineSettings
+from rllib_gtpo.engines.vllm.settings import (
+    SHARED_MEMORY,
+    VERSIONS_OF_ADAPTER,
+    EngineSettings,
+)
 from rllib_gtpo.engines.vllm.weights import Layout
 from rllib_gtpo.errors import ConfigError, EngineError
 
@@ -66,6 +71,8 @@ class PoolActor:
         self._have_weights = asyncio.Event()
         self._lock = asyncio.Lock()  # held while weights change or an engine joins
         self._replaced = 0
+        self._adapters: dict[str, list[Adapter]] = {}  # the versions that may be in use
+        self._adapter_count = 0
 
     async def start(self) -> None:
         """Starts all engines, and returns at once."""
@@ -287,6 +294,25 @@ class PoolActor:
                 await asyncio.gather(*(getattr(e.actor, method).remote(*args) for e in engines))
             )
 
+    async def load_adapter(self, name: str, path: str) -> Adapter:
+        """Loads a new version of a LoRA adapter into all engines.
+
+        Requests in flight keep the version that they began with; the one before that is dropped.
+        """
+        limit = self._settings.adapters
+        if name not in self._adapters and len(self._adapters) >= limit:
+            raise ConfigError(
+                f"adapter {name!r} is one too many: the engines were started for {limit} at once; "
+                "set engine_config to {'enable_lora': True, 'max_loras': ..., 'max_lora_rank': ...}"
+            )
+        self._adapter_count += 1
+        adapter = Adapter(f"{name}@{self._adapter_count}", self._adapter_count, path)
+        versions = [*self._adapters.get(name, []), adapter]
+        outdated = versions.pop(0).number if len(versions) > VERSIONS_OF_ADAPTER else None
+        await self.call_all("load_adapter", adapter, outdated)
+        self._adapters[name] = versions
+        return adapter
+
     # Life.
 
     async def report(self) -> PoolReport:
@@ -355,6 +381,14 @@ class EnginePool:
         """What has become of the engines so far."""
         report: PoolReport = _get(self._actor.report.remote())
         return report
+
+    def load_adapter(self, name: str, path: str | Path) -> Adapter:
+        """Loads a LoRA adapter, or a new version of it, for `VLLMEngine(adapter=...)`.
+
+        path: A directory in PEFT's format that every node can read.
+        """
+        loaded: Adapter = _get(self._actor.load_adapter.remote(name, str(path)))
+        return loaded
 
     def pause(self) -> None:
         """Holds all engines between two steps; requests in flight wait."""

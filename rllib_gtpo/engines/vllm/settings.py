@@ -29,6 +29,7 @@ _OURS = {
     "generation_config": "sampling is set with rollouts(...)",
     "distributed_executor_backend": "each engine is one actor with its workers in it",
 }
+VERSIONS_OF_ADAPTER = 2  # the newest, and the one that requests in flight may have
 _CPU_KV_BYTES = 256 << 20
 
 
@@ -76,6 +77,11 @@ class EngineSettings:
         for name in sizes:
             count *= int(self.options.get(name, 1))
         return count
+
+    @property
+    def adapters(self) -> int:
+        """LoRA adapters that may be in use at once."""
+        return int(self.options.get("max_loras", 1)) if self.options.get("enable_lora") else 0
 
     def resources(self) -> dict[str, float]:
         """What one engine takes of a Ray cluster; CPU engines share the cores with everyone."""
@@ -132,6 +138,9 @@ class EngineSettings:
             }
         own = {k: v for k, v in self.options.items() if k != "weight_transfer"}
         arguments |= own
+        if self.adapters:
+            # One slot stays free: with all taken, vLLM lets requests without an adapter use one.
+            arguments["max_loras"] = self.adapters * VERSIONS_OF_ADAPTER + 1
         self._check_cache(config, arguments)
         return arguments
 
