@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -248,6 +250,36 @@ class TestConnections:
         assert gone(*pids)
         assert say(other, "count").content == "1"  # whoever needs it again gets a new one
         other.close()
+
+    def test_a_command_gets_its_directory_and_variables(self, tmp_path):
+        program = tmp_path / "serve"
+        program.write_text('#!/bin/sh\nexec "$INTERPRETER" "$SERVER"\n')
+        program.chmod(0o755)
+        variables = dict(zip(("INTERPRETER", "SERVER"), COMMAND, strict=True))
+        tools = mcp_tools(["./serve"], cwd=str(tmp_path), env=variables, include=["pid"])
+        pid = int(asyncio.run(tools[0].fn()).content)
+        assert os.readlink(f"/proc/{pid}/cwd") == str(tmp_path)
+
+    def test_headers_reach_the_server(self):
+        seen = []
+
+        class Refuse(BaseHTTPRequestHandler):
+            def do_POST(self):
+                seen.append(self.headers["Authorization"])
+                self.send_error(401)
+
+            def log_message(self, *_):
+                pass
+
+        with HTTPServer(("127.0.0.1", 0), Refuse) as server:
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+            with pytest.raises(EnvironmentFault, match="does not start"):
+                mcp_tools(
+                    url=f"http://127.0.0.1:{server.server_port}/mcp",
+                    headers={"Authorization": "Bearer hush"},
+                )
+            server.shutdown()
+        assert set(seen) == {"Bearer hush"}
 
     def test_over_http_a_restarted_server_is_found_again(self):
         with over_http(*COMMAND) as (url, running, start):
