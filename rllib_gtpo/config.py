@@ -151,7 +151,8 @@ class GTPOConfig(AlgorithmConfig):
             chat_template: Text or file of a template, in place of the tokenizer's.
             dtype: "float32" or "bfloat16".
             call_format: How the policy writes tool calls: "hermes", "llama3_json", "mistral",
-                "mistral_args", "qwen3_coder", "glm", "fenced", or one of your own
+                "mistral_args", "qwen3_coder", "glm", "response_template" (the tokenizer's own),
+                "auto" (what the chat template writes), "fenced", or one of your own
                 (`rllib_gtpo.chat.register_call_format`).
             cold_start: Supervised training before RL: {"data": "expert" or a path, "steps",
                 "batch_size", "lr", ...}; see rllib_gtpo.cold_start.ColdStart, and

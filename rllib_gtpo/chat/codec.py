@@ -12,15 +12,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rllib_gtpo.chat.formats import ParsedTurn, call_format
-from rllib_gtpo.chat.formats.scan import THINKING
-from rllib_gtpo.chat.template import ChatTemplate
+from rllib_gtpo.chat.formats import THINKING, ParsedTurn, call_format, native_format
+from rllib_gtpo.chat.template import ChatTemplate, assistant
 from rllib_gtpo.chat.verify import find_deviations
 from rllib_gtpo.errors import ChatTemplateError
 from rllib_gtpo.types import Message
 
 _REMEMBERED = 4096  # deltas
-_TAIL = 16  # tokens that surely hold the last few characters of a prompt
+_TAIL = 64  # tokens that surely hold the header of a turn
 
 
 class ChatCodec:
@@ -40,10 +39,12 @@ class ChatCodec:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer)
         self.deviations = find_deviations(self.template)
-        self.call_format = call_format(call_format_name)
+        self.call_format = call_format(call_format_name).bind(self.template)
+        self._check_format()
         self.end_of_turn_id = self._id(self.template.ends[0])
         self.stop_token_ids = self._stop_token_ids()
-        self._usual_ends = (self.end_of_turn_id,)
+        closed = self.template.closing_end(assistant("")) is not None
+        self._opening_ends = {self._id(end) for end in self.template.ends[int(closed) :]}
         self._deltas: dict[str, tuple[int, list[int]]] = {}
 
     def prompt_ids(
@@ -63,9 +64,8 @@ class ChatCodec:
         the token that should have been, the delta does so if another one was sampled.
         """
         end, ids = self._delta(messages)
-        if ended_by is None or ended_by == end or end in self._usual_ends:
-            return list(ids)
-        return [end, *ids]
+        other = ended_by is not None and ended_by != end
+        return [end, *ids] if other and end in self._opening_ends else list(ids)
 
     def conversation_ids(
         self,
@@ -100,27 +100,44 @@ class ChatCodec:
 
     def parse(
         self,
-        text: str,
+        token_ids: Sequence[int],
         tools: Sequence[dict[str, Any]] = (),
         prompt_ids: Sequence[int] = (),
     ) -> ParsedTurn:
         """A sampled turn taken apart; `prompt_ids` may have opened a thinking block for it."""
-        return self.call_format.parse(text, tools, thinking=self._opened(prompt_ids) is not None)
+        stopped = token_ids and token_ids[-1] in self.stop_token_ids
+        return self.call_format.parse_sampled(
+            self.decode(token_ids),
+            tools,
+            prompt=self._tail(prompt_ids),
+            end=self.tokenizer.decode([token_ids[-1]]) if stopped else "",
+        )
 
-    def _opened(self, prompt_ids: Sequence[int]) -> tuple[str, str] | None:
-        """The marks of the thinking block that a prompt ends in."""
-        tail = self.tokenizer.decode(list(prompt_ids[-_TAIL:])).rstrip()
-        return next((marks for marks in THINKING if tail.endswith(marks[0])), None)
+    def _check_format(self) -> None:
+        """Refuses a format in which the template would ask for other calls than are read."""
+        if not self.call_format.explained or not self.template.writes_calls:
+            return
+        native = native_format(self.template)
+        if native is not None and not native.same(self.call_format):
+            raise ChatTemplateError(
+                f"call_format={self.call_format.name!r}, but the chat template explains and writes "
+                f"calls as {native.name!r} does: set call_format={native.name!r} or 'auto', or set "
+                "chat_template= to one that fits."
+            )
+
+    def _tail(self, prompt_ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(prompt_ids[-_TAIL:]))
+        return text
 
     def _begun(self, text: str, prompt_ids: Sequence[int]) -> str:
         """A demonstration's text as it goes on behind a prompt that may have opened thinking."""
-        marks = self._opened(prompt_ids)
-        if marks is None:
-            return text
-        opening, closing = marks
-        if text.startswith(opening):
-            return text.removeprefix(opening).removeprefix("\n")
-        return text if closing in text else f"\n{closing}\n\n{text}"
+        tail = self._tail(prompt_ids).rstrip()
+        for opening, closing in THINKING:
+            if tail.endswith(opening):
+                if text.startswith(opening):
+                    return text.removeprefix(opening).removeprefix("\n")
+                return text if closing in text else f"\n{closing}\n\n{text}"
+        return text
 
     def _delta(self, messages: Sequence[Message]) -> tuple[int, list[int]]:
         key = json.dumps(messages, sort_keys=True, default=str)

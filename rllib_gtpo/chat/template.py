@@ -121,7 +121,7 @@ class ChatTemplate:
     @cached_property
     def header(self) -> str:
         """What the template puts in front of an assistant's turn, behind a user's message."""
-        opened, closed = (self.render([user("probe")], generate=g) for g in (True, False))
+        opened, closed = self._prompt, self.render([user("probe")], generate=False)
         pairs = enumerate(zip(opened, closed, strict=False))
         return opened[next((i for i, (a, b) in pairs if a != b), len(closed)) :]
 
@@ -167,26 +167,37 @@ class ChatTemplate:
 
         None where the template does not write it behind its own generation prompt.
         """
-        prompt = self.render([user("probe")], generate=True)
         whole = self.render([user("probe"), message], generate=False)
-        if not whole.startswith(prompt):
+        if not whole.startswith(self._prompt):
             return None
-        return whole[len(prompt) :].removesuffix(self._closing("tool_calls" in message))
+        closing = self._closings["tool_calls" in message]
+        return whole[len(self._prompt) :].removesuffix(closing)
 
     def closing_end(self, message: Message) -> str | None:
         """The special token that ends a turn which is the last one; None if there is none."""
-        match = self.special.match(self._closing("tool_calls" in message))
+        match = self.special.match(self._closings["tool_calls" in message])
         return match.group() if match else None
 
-    def _closing(self, calls: bool) -> str:
-        """What closes a conversation that ends with an assistant's turn: end token and space.
+    @cached_property
+    def _prompt(self) -> str:
+        return self.render([user("probe")], generate=True)
 
-        Behind calls that is from the last special token on: others may belong to the calls.
+    @cached_property
+    def _closings(self) -> tuple[str, str]:
+        """What closes a conversation that ends with an assistant's turn, without and with calls.
+
+        That is the end token and what follows.  Behind calls it is the last special token: others
+        may belong to the calls.
         """
-        turn = _with_calls([call(0, "probe")]) if calls else assistant(PROBE)
+        plain = self._closing(assistant(PROBE), 0)
+        if not self.writes_calls:
+            return plain, plain
+        return plain, self._closing(_with_calls([call(0, "probe")]), -1)
+
+    def _closing(self, turn: Message, which: int) -> str:
         after = self.render([user("probe"), turn], generate=False).rpartition(PROBE)[2]
         ends = list(self.special.finditer(after))
-        return after[ends[-1 if calls else 0].start() :] if ends else ""
+        return after[ends[which].start() :] if ends else ""
 
     def _end_of_calls(self, turn: Message, after: str, shape: Shape) -> re.Match[str]:
         """Where a turn with structured calls ends in what follows its last argument."""

@@ -27,9 +27,9 @@ class Deviation(StrEnum):
     THINKING = "thinking"  # leaves out, adds or rewrites the thinking of earlier turns
     ENDS = "ends"  # closes earlier turns with another token than a turn is ended with
     HEADER = "header"  # heads a turn behind results, where its own generation prompt does not
-    MARKERS = "markers"  # leaves out special tokens in later rounds that it wrote in the first
     WHITESPACE = "whitespace"  # trims or changes the space around texts
-    ORDER = "order"  # puts a turn's text behind the results of its calls
+    MARKERS = "markers"  # writes other special tokens in later rounds than in the first
+    ORDER = "order"  # puts the text beside a turn's calls behind their results: not compared
 
 
 _THOUGHTS = re.compile(
@@ -113,9 +113,9 @@ def in_pieces(template: ChatTemplate, conversation: Conversation) -> str | None:
 
 def equal(one: str, other: str, template: ChatTemplate, allowed: Sequence[Deviation]) -> bool:
     """Whether two renderings are the same but for the deviations."""
-    for deviation in Deviation:
+    for deviation, normal in _NORMAL.items():
         if deviation in allowed:
-            one, other = _NORMAL[deviation](one, other, template)
+            one, other = normal(one, other, template)
     return one == other
 
 
@@ -130,6 +130,9 @@ class Difference:
 def find_deviations(template: ChatTemplate) -> dict[Deviation, Difference]:
     """The deviations of a template; ChatTemplateError if it has any that is not among them."""
     found: dict[Deviation, Difference] = {}
+    moved = moved_text(template)
+    if moved is not None:
+        found[Deviation.ORDER] = moved
     compared = 0
     refused = ""
     for conversation in conversations(template):
@@ -155,8 +158,8 @@ def _explanation(
     whole: str, pieces: str, template: ChatTemplate, difference: Difference
 ) -> tuple[Deviation, ...]:
     """The fewest deviations under which the texts are equal."""
-    for size in range(1, len(Deviation) + 1):
-        for allowed in itertools.combinations(Deviation, size):
+    for size in range(1, len(_NORMAL) + 1):
+        for allowed in itertools.combinations(_NORMAL, size):
             if equal(whole, pieces, template, allowed):
                 return allowed
     raise ChatTemplateError(
@@ -171,6 +174,22 @@ def _difference(whole: str, pieces: str) -> Difference:
     shorter = min(len(whole), len(pieces))
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
     return Difference(whole[at : at + 40], pieces[at : at + 40])
+
+
+def moved_text(template: ChatTemplate) -> Difference | None:
+    """Where the text beside a turn's calls goes, if not in front of their results."""
+    if not template.writes_calls:
+        return None
+    turn = spoken("beside", calls=[("lookup", {"query": "x"})], results=[tool("found", "lookup")])
+    conversation = Conversation([user("question")], [turn])
+    try:
+        whole = template.render(conversation.messages, generate=True)
+    except ChatTemplateError:
+        return None
+    pieces = in_pieces(template, conversation)
+    if pieces is None or not 0 <= whole.find("found") < whole.find("beside"):
+        return None
+    return _difference(whole, pieces)
 
 
 def writes_text_verbatim(template: ChatTemplate) -> bool:
@@ -202,8 +221,9 @@ def conversations(template: ChatTemplate) -> Iterator[Conversation]:
             lambda: spoken("", calls=[("lookup", {"query": next(words)})]),
             lambda: spoken("", thinking=next(words), calls=[("lookup", {"query": next(words)})]),
             lambda: spoken("", calls=[("lookup", {"query": next(words)})] * 2),
-            lambda: spoken(next(words), calls=[("lookup", {"query": next(words)})]),
         ]
+        if moved_text(template) is None:
+            kinds.append(lambda: spoken(next(words), calls=[("lookup", {"query": next(words)})]))
     openings: list[tuple[list[Message], list[dict[str, Any]]]] = [
         ([user("question")], []),
         ([{"role": "system", "content": "rules"}, user("question")], [PROBE_TOOL]),
@@ -246,15 +266,6 @@ def _one_end(one: str, other: str, template: ChatTemplate) -> Pair:
     return pattern.sub(lambda _: first, one), pattern.sub(lambda _: first, other)
 
 
-def _common_markers(one: str, other: str, template: ChatTemplate) -> Pair:
-    counts = [Counter(template.special.findall(text)) for text in (one, other)]
-    differ = {m for m in counts[0] | counts[1] if counts[0][m] != counts[1][m]}
-    if not differ:
-        return one, other
-    pattern = re.compile("|".join(map(re.escape, differ)))
-    return pattern.sub("", one), pattern.sub("", other)
-
-
 def _without_space(one: str, other: str, template: ChatTemplate) -> Pair:
     return re.sub(r"\s+", "", one), re.sub(r"\s+", "", other)
 
@@ -264,20 +275,20 @@ def _without_header(one: str, other: str, template: ChatTemplate) -> Pair:
     return (one.replace(header, ""), other.replace(header, "")) if header else (one, other)
 
 
-def _sorted(one: str, other: str, template: ChatTemplate) -> Pair:
-    """The texts between special tokens, and these, without their order."""
-    first, second = (
-        "".join(sorted([*template.special.split(text), *template.special.findall(text)]))
-        for text in (one, other)
-    )
-    return first, second
+def _common_markers(one: str, other: str, template: ChatTemplate) -> Pair:
+    """Without the special tokens that one has more often than the other."""
+    counts = [Counter(template.special.findall(text)) for text in (one, other)]
+    differ = {m for m in counts[0] | counts[1] if counts[0][m] != counts[1][m]}
+    if not differ:
+        return one, other
+    pattern = re.compile("|".join(map(re.escape, differ)))
+    return pattern.sub("", one), pattern.sub("", other)
 
 
 _NORMAL: dict[Deviation, Callable[[str, str, ChatTemplate], Pair]] = {
     Deviation.THINKING: _without_thinking,
     Deviation.ENDS: _one_end,
     Deviation.HEADER: _without_header,
-    Deviation.MARKERS: _common_markers,
     Deviation.WHITESPACE: _without_space,
-    Deviation.ORDER: _sorted,
+    Deviation.MARKERS: _common_markers,
 }

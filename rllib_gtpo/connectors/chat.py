@@ -60,7 +60,7 @@ class TokensToTurns(ChatPiece):
     def _turn(self, episode: Any, prompt_ids: list[int], completion: Completion) -> Turn:
         text = self.codec.decode(completion.token_ids)
         tools = episode.get_observations(0).tools
-        parsed = self.codec.parse(text, tools, prompt_ids)
+        parsed = self.codec.parse(completion.token_ids, tools, prompt_ids)
         episode.custom_data[_ENDED_BY] = completion.token_ids[-1] if completion.token_ids else None
         return Turn(
             index=len(episode),

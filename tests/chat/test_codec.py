@@ -1,11 +1,14 @@
 import json
+import re
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rllib_gtpo import ToolEnv
 from rllib_gtpo.chat import ChatCodec, FencedFormat, HermesFormat, call_format
+from rllib_gtpo.chat.__main__ import tokenizer_for
 from rllib_gtpo.errors import ChatTemplateError, ConfigError
 from rllib_gtpo.models import build_tokenizer
 
@@ -136,6 +139,150 @@ class TestCodec:
             "{% endfor %}"
         )
         with pytest.raises(ChatTemplateError, match=r"turn by turn .*leaves out what tools answer"):
+            ChatCodec(tokenizer)
+
+
+# As Mistral's: roles alternate, a result needs the nine characters of its call's id.
+WITH_IDS = (
+    "{{ bos_token }}{% set ns = namespace(at=0) %}{% for m in messages %}"
+    "{% if m.role == 'user' or m.role == 'assistant' and not m.tool_calls %}"
+    "{% if (m.role == 'user') != (ns.at % 2 == 0) %}{{ raise_exception('must alternate') }}"
+    "{% endif %}{% set ns.at = ns.at + 1 %}{% endif %}"
+    "{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+    "{% elif m.role == 'tool' %}"
+    "{% if m.tool_call_id | length != 9 %}{{ raise_exception('nine characters') }}{% endif %}"
+    "{{ '[TOOL_RESULTS]' + m.tool_call_id + ':' + m.content + '[/TOOL_RESULTS]' }}"
+    "{% elif m.tool_calls %}{{ '[TOOL_CALLS][' }}{% for c in m.tool_calls %}"
+    """{{ '{"name": "' + c.function.name + '", "arguments": ' + c.function.arguments | tojson }}"""
+    """{{ ', "id": "' + c.id + '"}' }}{{ ', ' if not loop.last }}{% endfor %}"""
+    "{{ ']' + eos_token }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
+# As GLM's: a turn ends with what begins the next message.
+WITHOUT_END = (
+    "{% for m in messages %}{{ {'user': '<|user|>', 'assistant': '<|assistant|>', "
+    "'tool': '<|observation|>'}[m.role] + '\n' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+OPENS_THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and '</think>' not in m.content }}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+
+
+def results(*contents, **more):
+    return [{"role": "tool", "name": "f", "content": c, **more} for c in contents]
+
+
+class TestTemplates:
+    """Templates that want something of a kind that TRL's do not show, or all of one kind."""
+
+    def test_results_behind_structured_calls_carry_the_ids_of_their_calls(self):
+        codec = ChatCodec(tokenizer_for(WITH_IDS), "auto")
+        assert codec.call_format.name == "mistral"
+        assert codec.template.shape.needs_calls
+        shown = codec.decode(codec.delta_ids(results("one", "two")))
+        assert shown == (
+            "[TOOL_RESULTS]call00000:one[/TOOL_RESULTS][TOOL_RESULTS]call00001:two[/TOOL_RESULTS]"
+        )
+        given = codec.decode(codec.delta_ids(results("one", tool_call_id="abcdefghi")))
+        assert given == "[TOOL_RESULTS]abcdefghi:one[/TOOL_RESULTS]"
+
+    def test_an_id_of_the_policys_comes_back_with_the_result(self):
+        env = ToolEnv()
+        env.call_format = call_format("mistral")
+        env.reset(options={"task": {"id": "1", "question": "?", "answer": ""}})
+        text = '[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "abcdefghi"}]'
+        observation, *_ = env.step(text)
+        assert observation.messages[0]["tool_call_id"] == "abcdefghi"
+
+    def test_marks_that_are_special_tokens_survive_decoding(self):
+        codec = ChatCodec(tokenizer_for(WITH_IDS), "mistral")
+        text = '[TOOL_CALLS][{"name": "f", "arguments": {}}]'
+        ids = codec.tokenizer.encode(text, add_special_tokens=False)
+        assert ids[0] in codec.tokenizer.all_special_ids
+        assert codec.decode([*ids, codec.end_of_turn_id]) == text
+        assert codec.parse(ids).calls[0].name == "f"
+
+    def test_a_turn_may_end_with_what_begins_the_next_message(self):
+        codec = ChatCodec(tokenizer_for(WITHOUT_END), "glm")
+        user, observation = codec.tokenizer.convert_tokens_to_ids(["<|user|>", "<|observation|>"])
+        assert {user, observation} <= set(codec.stop_token_ids)
+        assert codec.decode(codec.delta_ids(results("x"), observation)) == "\nx<|assistant|>\n"
+        wrong = codec.delta_ids(results("x"), user)
+        assert codec.decode(wrong) == "<|observation|>\nx<|assistant|>\n"
+        asked = [{"role": "user", "content": "x"}]
+        assert codec.decode(codec.delta_ids(asked, user)) == "\nx<|assistant|>\n"
+        assert codec.decode(codec.delta_ids(asked, observation)) == "<|user|>\nx<|assistant|>\n"
+
+    def test_demonstrations_end_as_turns_do(self):
+        codec = ChatCodec(tokenizer_for(WITHOUT_END), "glm")
+        prompt, *said = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "one"},
+            *results("x"),
+            {"role": "assistant", "content": "two"},
+        ]
+        ids, trained = codec.conversation_ids([prompt], said)
+        sampled = codec.tokenizer.decode([i for i, t in zip(ids, trained, strict=True) if t])
+        assert sampled == "one<|observation|>two<|user|>"
+        whole = codec.template.render([prompt, *said], generate=False)
+        assert codec.tokenizer.decode(ids) == whole + "<|user|>"
+
+    def test_a_turn_begins_in_the_thinking_that_its_prompt_opens(self):
+        codec = ChatCodec(tokenizer_for(OPENS_THINKING))
+        prompt_ids = codec.prompt_ids([{"role": "user", "content": "?"}])
+        call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+        ids = codec.tokenizer.encode(f"{call}\n</think>\n\n{call}", add_special_tokens=False)
+        turn = codec.parse(ids, [], prompt_ids)
+        assert (len(turn.calls), turn.content, turn.thinking) == (1, "", call + "\n")
+        assert len(codec.parse(ids, [], []).calls) == 2  # behind another prompt
+
+    @pytest.mark.parametrize(
+        ("said", "sampled"),
+        [
+            ("4", "\n</think>\n\n4"),
+            ("<think>\nhm\n</think>\n\n4", "hm\n</think>\n\n4"),
+            ("hm\n</think>\n\n4", "hm\n</think>\n\n4"),
+        ],
+    )
+    def test_demonstrations_go_on_in_that_thinking(self, said, sampled):
+        codec = ChatCodec(tokenizer_for(OPENS_THINKING))
+        prompt = [{"role": "user", "content": "?"}]
+        ids, trained = codec.conversation_ids(prompt, [{"role": "assistant", "content": said}])
+        shown = codec.tokenizer.decode([i for i, t in zip(ids, trained, strict=True) if t])
+        assert shown == sampled + "<|im_end|>"
+
+    @pytest.mark.parametrize(
+        ("rewrite", "deviation"),
+        [
+            ("message['content']", None),
+            ("message['content'] | trim", "whitespace"),
+            ("message['content'].split('</think>')[-1]", "thinking"),
+        ],
+    )
+    def test_what_a_whole_rendering_differs_in_has_a_name(self, rewrite, deviation):
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", rewrite)
+        found = ChatCodec(tokenizer).deviations
+        assert deviation in found if deviation else not found
+
+    @pytest.mark.parametrize("end", ["<|eot_id|>", "</s>", "[END]", "stop"])
+    def test_a_template_of_another_tokenizer_is_refused_by_its_marker(self, end):
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", end)
+        expected = rf"closes .*'{re.escape(end)}' is {len(end)} ordinary tokens .*use the tokenizer"
+        with pytest.raises(ChatTemplateError, match=expected):
+            ChatCodec(tokenizer)
+        tokenizer.add_special_tokens({"extra_special_tokens": [end]})
+        codec = ChatCodec(tokenizer)
+        assert codec.tokenizer.decode([codec.end_of_turn_id]) == end
+
+    def test_a_template_without_an_end_of_turn_is_refused(self):
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        with pytest.raises(ChatTemplateError, match=r"ordinary tokens|nothing behind"):
             ChatCodec(tokenizer)
 
 

@@ -309,6 +309,16 @@ HOSTILE = [
 ]
 
 
+def seconds(parse) -> float:
+    """The least processor time of up to three runs: the collector of garbage takes some, too."""
+    taken: list[float] = []
+    while len(taken) < 3 and min(taken, default=1.0) > 0.5:
+        began = time.process_time()
+        parse()
+        taken.append(time.process_time() - began)
+    return min(taken)
+
+
 @pytest.mark.parametrize("name", [*CALLS, "fenced"])
 def test_hostile_texts_take_time_in_proportion(name):
     """100,000 characters of whatever could make a parser look far ahead again and again."""
@@ -317,9 +327,7 @@ def test_hostile_texts_take_time_in_proportion(name):
     for piece in [*HOSTILE, *spaced]:
         text = piece * (100_000 // len(piece) + 1)
         for closing in ("", "</arg_value></parameter></function></tool_call>]}\n```"):
-            began = time.process_time()
-            call_format(name).parse(text + closing, TOOLS)
-            taken = time.process_time() - began
+            taken = seconds(lambda text=text + closing: call_format(name).parse(text, TOOLS))
             if taken > 0.5:
                 slow[piece[:40], closing] = taken
     assert not slow

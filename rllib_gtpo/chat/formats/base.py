@@ -5,10 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.types import ToolCall
+
+if TYPE_CHECKING:
+    from rllib_gtpo.chat.template import ChatTemplate
+
+THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+OPENINGS = tuple(opening for opening, _ in THINKING)
 
 F = TypeVar("F", bound="type[CallFormat]")
 
@@ -28,11 +34,13 @@ class CallFormat(ABC):
     Attributes:
         explained: Whether chat templates explain tools in it; where not, the task's own messages
             must.
+        fixed: Whether it is the same for every tokenizer.
         ends: Special tokens that end a turn besides the template's, where the tokenizer has them.
     """
 
     name: str = ""
     explained: ClassVar[bool] = True
+    fixed: ClassVar[bool] = True
     ends: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -47,6 +55,16 @@ class CallFormat(ABC):
     @abstractmethod
     def write(self, call: ToolCall) -> str:
         """The call as the policy should write it; what the format cannot say parses to another."""
+
+    def parse_sampled(
+        self, text: str, tools: Sequence[dict[str, Any]], *, prompt: str, end: str
+    ) -> ParsedTurn:
+        """`parse`, knowing the end of the prompt and the stop token that was sampled, if any."""
+        return self.parse(text, tools, thinking=prompt.rstrip().endswith(OPENINGS))
+
+    def bind(self, template: ChatTemplate) -> CallFormat:
+        """The format as it is for a template and its tokenizer."""
+        return self
 
     def write_all(self, calls: Sequence[ToolCall]) -> str:
         """The calls of one turn."""

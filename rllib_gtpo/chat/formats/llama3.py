@@ -7,8 +7,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rllib_gtpo.chat.formats.base import CallFormat, ParsedTurn, call_of, register_call_format
-from rllib_gtpo.chat.formats.scan import THINKING, opening, take_apart
+from rllib_gtpo.chat.formats.base import (
+    THINKING,
+    CallFormat,
+    ParsedTurn,
+    call_of,
+    register_call_format,
+)
+from rllib_gtpo.chat.formats.scan import opening, take_apart
 from rllib_gtpo.types import ToolCall
 
 _TAG = "<|python_tag|>"

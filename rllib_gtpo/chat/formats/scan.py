@@ -13,15 +13,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from rllib_gtpo.chat.formats.base import ParsedTurn
+from rllib_gtpo.chat.formats.base import OPENINGS, THINKING, ParsedTurn
 from rllib_gtpo.types import ToolCall
 
-THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 Read = Callable[[str, "re.Match[str]"], tuple[int, "list[ToolCall] | None"]]
 """Reads what an opening mark opens: where that ends, and its calls; None if it is mere text."""
 
 _CLOSED_BY = dict(THINKING)
-_THINK = "|".join(re.escape(opening) for opening, _ in THINKING)
+_THINK = "|".join(map(re.escape, OPENINGS))
 _QUOTE = r"^[ \t]*(?P<fence>```+)[^\n`]*\n|(?P<quote>^[ \t]*>[^\n]*|`[^`\n]+`)"
 _FENCE_END = re.compile(r"^[ \t]*```+[ \t]*$", re.MULTILINE)
 
