@@ -38,6 +38,7 @@ from rllib_gtpo.metrics import rollout_metrics, staleness_metrics, straggler_met
 from rllib_gtpo.packing import shard_groups
 from rllib_gtpo.progress import Progress, RolloutProgress
 from rllib_gtpo.sampling import Sampled, Step, choose_jobs, sample_groups, sample_step
+from rllib_gtpo.strategies.checkpoint import read_shards, write_shards
 from rllib_gtpo.text_env import as_tool_env
 
 _STATE = "gtpo"
@@ -428,9 +429,28 @@ class GTPO(Algorithm):
         if self.engines is not None and COMPONENT_LEARNER_GROUP in state:
             self.sync_weights()
 
-    def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
-        """RLlib's; the engines take the restored weights."""
-        super().restore_from_path(path, *args, **kwargs)
+    def save_to_path(self, path: Any = None, *, filesystem: Any = None, **kwargs: Any) -> str:
+        """RLlib's; and, if learners hold only parts, the part of each."""
+        saved: str = super().save_to_path(path, filesystem=filesystem, **kwargs)
+        if self.config.build_strategy().sharded:
+            shards = call_learners(self.learner_group, "save_shards")
+            write_shards(str(path or saved), filesystem, shards, self._strategy_record())
+        return saved
+
+    def _strategy_record(self) -> dict[str, Any]:
+        strategy = self.config.build_strategy()
+        record = {"strategy": strategy.name, "learners": self.config.num_learners}
+        return record | {k: v for k, v in strategy.chosen.items() if k == "stage"}
+
+    def restore_from_path(
+        self, path: Any, *args: Any, component: Any = None, filesystem: Any = None, **kwargs: Any
+    ) -> None:
+        """RLlib's; learners take their parts, and engines the restored weights."""
+        where = {"component": component, "filesystem": filesystem}
+        shards = read_shards(str(path), filesystem, self._strategy_record())
+        super().restore_from_path(path, *args, **where, **kwargs)
+        if component is None and shards is not None:
+            call_learners(self.learner_group, "load_shards", shards)
         if self.engines is not None:
             self.sync_weights()
 

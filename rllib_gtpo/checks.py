@@ -234,6 +234,7 @@ def _model(config: GTPOConfig) -> None:
     if not isinstance(getattr(torch.optim, str(name), None), type):
         names = [n for n, v in vars(torch.optim).items() if isinstance(v, type)]
         raise ConfigError(_one_of("optimizer name", name, names))
+    config.build_strategy()
     if config.num_gpus_per_learner > 1:
         raise ConfigError(
             "num_gpus_per_learner: a learner uses one GPU; raise num_learners instead."

@@ -19,6 +19,7 @@ from rllib_gtpo.rewards.embedders import build_embedder
 from rllib_gtpo.rewards.overlong import OverlongPenalty
 from rllib_gtpo.rewards.rubric import Rubric
 from rllib_gtpo.rewards.shaping import Shaping
+from rllib_gtpo.strategies.base import Strategy
 
 # RLlib's own attribute `model` is a dict of the old stack; ours is kept under another name.
 _ATTRIBUTE = {
@@ -66,6 +67,9 @@ class GTPOConfig(AlgorithmConfig):
         self.max_invalid_calls: int | None = None
         self.stragglers = "wait"
         self.oversample = 0.0
+        # learners
+        self.strategy = "auto"
+        self.strategy_options: dict[str, Any] = {}
         # training
         self.lr = 1e-6
         self.gamma = DEFAULT_GAMMA
@@ -217,6 +221,24 @@ class GTPOConfig(AlgorithmConfig):
             stragglers=stragglers,
             oversample=oversample,
         )
+
+    def learners(
+        self,
+        *,
+        strategy: str = NotProvided,
+        strategy_options: dict[str, Any] = NotProvided,
+        **rllib: Any,
+    ) -> GTPOConfig:
+        """How the model is spread over learners.
+
+        Args:
+            strategy: "single", "ddp", "fsdp2", "deepspeed"; "auto": "ddp" for two learners or
+                more.
+            strategy_options: fsdp2: offload.  deepspeed: stage (1, 2, 3), offload, config.
+            **rllib: RLlib's own: num_learners, num_gpus_per_learner, ...
+        """
+        super().learners(**rllib)
+        return self._set(strategy=strategy, strategy_options=strategy_options)
 
     def training(
         self,
@@ -393,6 +415,12 @@ class GTPOConfig(AlgorithmConfig):
         """Tokenizer, template and call format."""
         source = self.tokenizer if self.tokenizer is not None else self.language_model_source
         return ChatCodec(load_tokenizer(source, chat_template=self.chat_template), self.call_format)
+
+    def build_strategy(self) -> Strategy:
+        """How the model is spread over learners."""
+        from rllib_gtpo.strategies import build_strategy
+
+        return build_strategy(self.strategy, self.strategy_options, self.num_learners, self.dtype)
 
     def build_engine(self, module: Any) -> RolloutEngine:
         """What an env runner samples with; `module`: the runner's RLModule."""

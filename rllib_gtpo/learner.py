@@ -10,20 +10,21 @@ that of one loss over the global batch: every normaliser is summed over learners
 
 from __future__ import annotations
 
-import contextlib
-import copy
+import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
-from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core import COMPONENT_OPTIMIZER, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.utils.framework import get_device
 from ray.rllib.utils.metrics import NUM_TRAINABLE_PARAMETERS
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from rllib_gtpo.connectors.learner import (
     CREDIT,
@@ -54,6 +55,8 @@ from rllib_gtpo.packing import (
     micro_batches,
 )
 from rllib_gtpo.rl_module import ENTROPY, LOGPROBS
+from rllib_gtpo.strategies import Strategy
+from rllib_gtpo.strategies.base import named_tensors
 from rllib_gtpo.types import Group, Trajectory
 
 SUPERVISED = "supervised"  # the cold start's own optimizer, so that RL starts with a fresh state
@@ -80,6 +83,8 @@ class GTPOLearner(TorchLearner):
         self.last_batch: TrainedBatch | None = None
         self._bad_steps = 0
         self._packed = False  # whether the model takes sequences without padding
+        self._strategy: Strategy = self.config.build_strategy()
+        self._whole_reference: dict[str, Tensor] | None = None
         self._step_metrics: tuple[str, ...] = (
             _NOTHING_TRAINED  # their names stay when there is nothing to train on
         )
@@ -91,26 +96,41 @@ class GTPOLearner(TorchLearner):
 
     def build(self) -> None:
         """Builds as RLlib does, and seeds each learner's own generator."""
+        device = get_device(self.config, self.config.num_gpus_per_learner)
+        self._strategy.setup_process(self._rank, self._world, torch.device(device))
         super().build()
+        self._gather_weights()
         if self.config.seed is not None:
             torch.manual_seed(self.config.seed + 1000 * self._rank)
 
     def _make_module(self) -> Any:
-        """RLlib's, switched to packed batches before anything wraps it."""
+        """RLlib's, switched to packed batches and cut into shards before there are optimizers."""
         module = super()._make_module()
         self._packed = module[DEFAULT_MODULE_ID].pack()
+        self._strategy.shard(module[DEFAULT_MODULE_ID])
+        if self._strategy.sharded:
+            module[DEFAULT_MODULE_ID].sharding = self._strategy
         return module
+
+    def _make_modules_ddp_if_necessary(self) -> None:
+        """Only if that is the strategy."""
+        if self._strategy.name == "ddp":
+            super()._make_modules_ddp_if_necessary()
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
         """One optimizer for RL, following `lr`, and one for the cold start, driven step by step."""
         parameters = self.get_parameters(self._module[module_id])
+        optimizer = self.config.build_optimizer(parameters)
+        self._strategy.prepare(self._module[module_id], optimizer)
         self.register_optimizer(
             module_id=module_id,
             optimizer_name=POLICY,
-            optimizer=self.config.build_optimizer(parameters),
+            optimizer=optimizer,
             params=parameters,
             lr_or_lr_schedule=config.lr,
         )
+        if self._strategy.one_optimizer:
+            return
         self.register_optimizer(
             module_id=module_id,
             optimizer_name=SUPERVISED,
@@ -129,34 +149,40 @@ class GTPOLearner(TorchLearner):
     def get_state(
         self, components: Any = None, *, not_components: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """RLlib's state, plus random state and, if there is one, the reference model."""
-        state: dict[str, Any] = super().get_state(
-            components, not_components=not_components, **kwargs
-        )
+        """RLlib's state, plus random state and, if there is one, the reference model.
+
+        Of a sharded model the first learner has the whole weights; see `save_shards` for the rest.
+        """
+        left_out = _as_list(not_components)
+        if self._strategy.sharded:
+            left_out.append(COMPONENT_OPTIMIZER)
+        state: dict[str, Any] = super().get_state(components, not_components=left_out, **kwargs)
         if components is None:
             state["torch_rng"] = torch.get_rng_state()
             if self._reference is not None:
-                state["reference"] = {
-                    k: v.detach().cpu() for k, v in self._reference.state_dict().items()
+                state["reference"] = self._whole_reference or {
+                    name: value.detach().cpu() for name, value in named_tensors(self._reference)
                 }
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """See `get_state`; learners other than the first continue with a generator of their own."""
         super().set_state(state)
+        self._gather_weights()
         if "torch_rng" in state:
             torch.set_rng_state(state["torch_rng"])
             if self._rank:
                 torch.manual_seed(torch.initial_seed() + self._rank)
         if "reference" in state:
-            self._make_reference().load_state_dict(state["reference"])
+            self._strategy.load_weights(self._make_reference(), state["reference"])
+            self._whole_reference = state["reference"]
 
     def _get_optimizer_state(self) -> dict[str, Any]:
         """Without RLlib's way through numpy, which loses bfloat16 and integer steps."""
         return {
             name: {
                 "module_id": self._optimizer_name_to_module[name],
-                "state": optimizer.state_dict(),
+                "state": self._strategy.optimizer_state(optimizer),
             }
             for name, optimizer in self._named_optimizers.items()
         }
@@ -164,9 +190,30 @@ class GTPOLearner(TorchLearner):
     def _set_optimizer_state(self, state: dict[str, Any]) -> None:
         for name, saved in state.items():
             if name in self._named_optimizers:
-                self._named_optimizers[name].load_state_dict(copy.deepcopy(saved["state"]))
+                optimizer = self._named_optimizers[name]
+                self._strategy.load_optimizer_state(optimizer, saved["state"])
+        self._keep_own_lr()
+
+    def _keep_own_lr(self) -> None:
         if isinstance(self.config.lr, float):  # a schedule goes on by itself; a number may be new
             self._set_optimizer_lr(self.get_optimizer(DEFAULT_MODULE_ID, POLICY), self.config.lr)
+
+    def save_shards(self) -> dict[str, bytes]:
+        """This learner's files of a sharded optimizer state; every learner is asked at once."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._strategy.save_shards(self._named_optimizers, Path(folder))
+            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    def load_shards(self, files: dict[str, bytes]) -> None:
+        """The files of all learners that saved; the weights are those of `set_state`."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                path = Path(folder) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            self._strategy.load_shards(self._unwrapped, self._named_optimizers, Path(folder))
+        self._keep_own_lr()
 
     def _log_trainable_parameters(self) -> None:
         """Logged with each update instead: RLlib's one-off value is NaN in every later result."""
@@ -193,6 +240,7 @@ class GTPOLearner(TorchLearner):
         progress = kwargs.get("on_step") or (lambda done, total: None)
         self._log(self._credit_report(batch))
         self._log(self._train_on(self.last_batch, batch[SEQUENCES], progress))
+        self._gather_weights()
         self.after_gradient_based_update(timesteps=timesteps or {})
         return self.metrics.reduce()
 
@@ -214,13 +262,14 @@ class GTPOLearner(TorchLearner):
         advantages = trained.credit.advantages.float()
         steps = self.config.epochs * self.config.mini_batches
         anchors = self._logprobs_of(sequences) if steps > 1 else None
+        policy = self.get_optimizer(DEFAULT_MODULE_ID, POLICY)
         reports = []
         for step in range(steps):
             chosen = self._mini_batch(trained.groups, sequences, step % self.config.mini_batches)
             if self._max(len(chosen)):  # else there is nothing to train on at any learner
                 loss_fn = self._policy_loss(advantages, anchors, [sequences[i] for i in chosen])
                 reports.append(
-                    self._step(sequences, chosen, loss_fn, POLICY, self.config.grad_clip)
+                    self._step(sequences, chosen, loss_fn, policy, self.config.grad_clip)
                 )
             on_step(step + 1, steps)
         if not reports:
@@ -263,7 +312,9 @@ class GTPOLearner(TorchLearner):
             if self._objective.kl_coeff:
                 assert self._reference is not None
                 with torch.no_grad():
-                    reference = self._reference.forward_train({"tokens": batch})[LOGPROBS]
+                    reference = self._strategy.reference_forward(
+                        self._reference, {"tokens": batch}
+                    )[LOGPROBS]
             total, metrics = objective_sum(
                 self._objective,
                 learner_logprobs=output[LOGPROBS],
@@ -284,11 +335,10 @@ class GTPOLearner(TorchLearner):
         found: dict[int, Tensor] = {}
         filled = [i for i, s in enumerate(sequences) if s.token_ids]
         lengths = [len(sequences[i].token_ids) for i in filled]
+        parts = [[filled[i] for i in part] for part in self._micro_batches(lengths)]
         with torch.no_grad():
-            for part in self._micro_batches(lengths):
-                indices = [filled[i] for i in part]
-                batch = collate(sequences, indices, packed=self._packed).to(self._device)
-                logprobs = self._unwrapped.forward_train({"tokens": batch})[LOGPROBS]
+            for indices, batch in self._equally_many(sequences, parts):
+                logprobs = self._forward(batch)[LOGPROBS]
                 for index in indices:
                     found[index] = logprobs[batch.sequences_N == index]
         return found
@@ -300,8 +350,9 @@ class GTPOLearner(TorchLearner):
         share."""
         mine = list(range(self._rank, len(sequences), self._world))
         tokens = max(1, sum(s.num_trained for s in sequences))
-        optimizer = self.get_optimizer(DEFAULT_MODULE_ID, SUPERVISED)
-        self._set_optimizer_lr(optimizer, lr)
+        optimizer = self._supervised_optimizer
+        for group in optimizer.param_groups:
+            group.update(lr=lr, weight_decay=0.0)
 
         def loss(batch: TokenBatch, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
             total = -output[LOGPROBS].sum()
@@ -309,7 +360,7 @@ class GTPOLearner(TorchLearner):
                 "tokens": torch.tensor(len(batch.targets_N), dtype=torch.float64)
             }
 
-        return self._step(sequences, mine, loss, SUPERVISED, grad_clip)["loss"]
+        return self._step(sequences, mine, loss, optimizer, grad_clip)["loss"]
 
     def supervised_loss(self, sequences: list[TokenSequence]) -> float:
         """Mean next-token loss on held-out demonstrations; nothing is trained."""
@@ -345,8 +396,21 @@ class GTPOLearner(TorchLearner):
 
     def end_supervision(self) -> None:
         """Frees the cold start's optimizer state, and counts the weights as new."""
-        self.get_optimizer(DEFAULT_MODULE_ID, SUPERVISED).state.clear()
+        optimizer = self._supervised_optimizer
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            group["weight_decay"] = self.config.optimizer.get(
+                "weight_decay", optimizer.defaults.get("weight_decay", 0.0)
+            )
+        self._keep_own_lr()
+        self._gather_weights()
         self._weights_seq_no += 1
+
+    @property
+    def _supervised_optimizer(self) -> torch.optim.Optimizer:
+        name = POLICY if self._strategy.one_optimizer else SUPERVISED
+        optimizer: torch.optim.Optimizer = self.get_optimizer(DEFAULT_MODULE_ID, name)
+        return optimizer
 
     # One optimizer step.
 
@@ -355,33 +419,23 @@ class GTPOLearner(TorchLearner):
         sequences: list[TokenSequence],
         chosen: list[int],
         loss_fn: Callable[[TokenBatch, Output], tuple[Tensor, dict[str, Tensor]]],
-        optimizer_name: str,
+        optimizer: torch.optim.Optimizer,
         grad_clip: float | None,
     ) -> dict[str, float]:
-        """Accumulates the gradient of `loss_fn` over micro-batches and steps once.
-
-        Every learner runs equally many backward passes, since each of them may hold a collective.
-        """
-        optimizer = self.get_optimizer(DEFAULT_MODULE_ID, optimizer_name)
-        optimizer.zero_grad(set_to_none=True)
+        """Accumulates the gradient of `loss_fn` over micro-batches and steps once."""
+        self._strategy.zero_grad(optimizer)
         lengths = [len(sequences[i].token_ids) for i in chosen]
         parts = [[chosen[i] for i in part] for part in self._micro_batches(lengths)]
-        backward_passes = self._max(len(parts))
         metrics: list[dict[str, Tensor]] = []
         total_loss = torch.zeros((), dtype=torch.float64, device=self._device)
         computed = 0
-        for number in range(backward_passes):
-            batch = (
-                collate(sequences, parts[number], packed=self._packed)
-                if number < len(parts)
-                else empty_batch(packed=self._packed)
-            ).to(self._device)
-            with self._synchronised(last=number == backward_passes - 1):
-                output = self.module[DEFAULT_MODULE_ID].forward_train({"tokens": batch})
-                loss, sums = loss_fn(batch, output)
-                (
-                    loss * self._world
-                ).backward()  # learners' gradients are averaged: undo the division
+        module = self.module[DEFAULT_MODULE_ID]
+        batches = self._equally_many(sequences, parts)
+        for number, (_, batch) in enumerate(batches, start=1):
+            with self._strategy.synchronised(module, last=number == len(batches)):
+                loss, sums = loss_fn(batch, self._forward(batch))
+                # Learners' gradients are averaged: undo the division.
+                self._strategy.backward(loss * self._world)
             metrics.append(sums)
             total_loss += loss.detach()
             computed += batch.num_tokens
@@ -397,22 +451,16 @@ class GTPOLearner(TorchLearner):
     def _apply_gradients(self, optimizer: torch.optim.Optimizer, clip: float | None) -> float:
         """Clips by global norm and steps; a non-finite gradient leaves weights and moments
         untouched."""
-        parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        if not parameters:
-            return 0.0
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip or float("inf")))
-        if norm == norm and norm != float("inf"):
-            optimizer.step()
+        norm = self._strategy.step(optimizer, clip)
+        if math.isfinite(norm):
             self._bad_steps = 0
-        else:
-            self._bad_steps += 1
-            if self._bad_steps >= MAX_BAD_STEPS:
-                raise GTPOError(
-                    f"{MAX_BAD_STEPS} updates in a row had non-finite gradients; the weights "
-                    "are those "
-                    "before the first of them. Lower lr, check rewards, or use dtype='float32'."
-                )
-        optimizer.zero_grad(set_to_none=True)
+            return norm
+        self._bad_steps += 1
+        if self._bad_steps >= MAX_BAD_STEPS:
+            raise GTPOError(
+                f"{MAX_BAD_STEPS} updates in a row had non-finite gradients; the weights are those "
+                "before the first of them. Lower lr, check rewards, or use dtype='float32'."
+            )
         return norm
 
     def _reduce_metrics(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -432,10 +480,31 @@ class GTPOLearner(TorchLearner):
         for name, value in report.items():
             self.metrics.log_value((DEFAULT_MODULE_ID, *name.split("/")), value, window=1)
 
-    def _make_reference(self) -> torch.nn.Module:
+    def _make_reference(self) -> Any:
         """A frozen copy of the module as it is now: the policy that KL is measured to."""
-        self._reference = copy.deepcopy(self._unwrapped).requires_grad_(False)
+
+        def build() -> Any:
+            module = self._module_spec.build()[DEFAULT_MODULE_ID].to(self._device)
+            if self._packed:
+                module.pack()
+            return module
+
+        self._reference = self._strategy.make_reference(self._unwrapped, build)
+        self._reference.requires_grad_(False)
+        self._whole_reference = self._strategy.full_weights(self._reference)
         return self._reference
+
+    def _equally_many(
+        self, sequences: list[TokenSequence], parts: list[list[int]]
+    ) -> list[tuple[list[int], TokenBatch]]:
+        """The parts as micro-batches, and empty ones up to the most that any learner has.
+
+        Every learner runs equally many passes, since each of them may hold a collective.
+        """
+        batches = [(part, collate(sequences, part, packed=self._packed)) for part in parts]
+        missing = self._max(len(parts)) - len(parts)
+        batches += [([], empty_batch(packed=self._packed)) for _ in range(missing)]
+        return [(part, batch.to(self._device)) for part, batch in batches]
 
     def _micro_batches(self, lengths: list[int]) -> list[list[int]]:
         return micro_batches(lengths, self.config.token_budget, packed=self._packed)
@@ -467,12 +536,13 @@ class GTPOLearner(TorchLearner):
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
-    def _synchronised(self, *, last: bool) -> Any:
-        """Exchanges gradients in the last backward pass only."""
-        module = self.module[DEFAULT_MODULE_ID]
-        if last or not isinstance(module, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return module.no_sync()
+    def _forward(self, batch: TokenBatch) -> Output:
+        return self._strategy.forward(self.module[DEFAULT_MODULE_ID], {"tokens": batch})
+
+    def _gather_weights(self) -> None:
+        """For `get_state`, which is asked of the first learner alone."""
+        if self._strategy.sharded:
+            self._unwrapped.whole = self._strategy.full_weights(self._unwrapped) or {}
 
 
 def _gather(anchors: dict[int, Tensor], batch: TokenBatch) -> Tensor:
@@ -481,3 +551,7 @@ def _gather(anchors: dict[int, Tensor], batch: TokenBatch) -> Tensor:
     if not order:
         return batch.sampling_logprobs_N
     return torch.cat([anchors[i] for i in order])
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from ray.rllib.core.rl_module.torch import TorchRLModule
@@ -14,6 +15,9 @@ from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.models import load_config, load_model, max_positions
 from rllib_gtpo.ops.logprobs import selected_logprobs
 from rllib_gtpo.packing import NOT_TRAINED, TokenBatch, TokenSequence, collate
+
+if TYPE_CHECKING:
+    from rllib_gtpo.strategies import Strategy
 
 LOGPROBS = "logprobs"
 ENTROPY = "entropy"
@@ -38,6 +42,8 @@ class LLMModule(TorchRLModule):
             tokenizer=settings["tokenizer"],
         )
         self.temperature: float = settings["temperature"]
+        self.sharding: Strategy | None = None  # of a learner that holds only a part
+        self.whole: dict[str, Tensor] = {}  # then: the weights as they were last gathered
 
     @property
     def vocab_size(self) -> int:
@@ -128,6 +134,8 @@ class LLMModule(TorchRLModule):
     ) -> dict[str, Tensor]:
         """CPU copies in their own dtype (RLlib's numpy detour cannot carry bfloat16); tied weights
         once."""
+        if self.sharding is not None:
+            return self.whole
         state: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, value in self.state_dict().items():
@@ -139,25 +147,30 @@ class LLMModule(TorchRLModule):
 
     def set_state(self, state: dict[str, Tensor]) -> None:
         """Loads a state of `get_state`; refuses one of another architecture."""
+        if self.sharding is not None:
+            self.sharding.load_weights(self, state)
+            return
         own = self.state_dict()
-        wrong = [
-            name
-            for name, value in state.items()
-            if name not in own or own[name].shape != value.shape
-        ]
-        if wrong:
-            raise ConfigError(
-                f"The weights belong to another model: {wrong[0]!r} "
-                + (
-                    f"has shape {tuple(state[wrong[0]].shape)}, here {tuple(own[wrong[0]].shape)}"
-                    if wrong[0] in own
-                    else "does not exist here"
-                )
-                + ". Use the model= setting that the weights were made with."
-            )
+        self.check_state(state, {name: tuple(value.shape) for name, value in own.items()})
         with torch.no_grad():
             for name, value in state.items():
                 own[name].copy_(value)
+
+    @staticmethod
+    def check_state(state: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises ConfigError for weights that do not go into tensors of these shapes."""
+        for name, value in state.items():
+            if name in shapes and shapes[name] == tuple(value.shape):
+                continue
+            problem = (
+                f"has shape {tuple(value.shape)}, here {shapes[name]}"
+                if name in shapes
+                else "does not exist here"
+            )
+            raise ConfigError(
+                f"The weights belong to another model: {name!r} {problem}. Use the model= setting "
+                "that the weights were made with."
+            )
 
 
 class RemoteModule(TorchRLModule):
