@@ -200,11 +200,11 @@ class GTPOConfig(AlgorithmConfig):
             max_turn_tokens: Most tokens of one turn.
             max_tokens: Most tokens of a trajectory, prompt and tool output included; None: the
                 model's.
-            max_concurrency: Trajectories in flight per env runner.
+            max_concurrency: Trajectories (and their environments) open at a time per env runner.
             max_invalid_calls: Turns in a row whose calls are all invalid that end a trajectory;
                 None leaves it to the environment.
-            stragglers: "wait" for every group, or "drop" the slowest, of which `oversample` says
-                how many: it favours short trajectories.
+            stragglers: "wait" for every group, or "drop" the slowest, whose tasks come first in the
+                next step and are not dropped again; see docs/rollouts.md.
             oversample: With "drop", the share of groups that are rolled out beyond those needed.
         """
         return self._set(

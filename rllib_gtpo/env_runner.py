@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -35,16 +33,16 @@ from ray.rllib.utils.metrics import (
 from rllib_gtpo.checks import evaluation_splits
 from rllib_gtpo.engines.base import SamplingParams
 from rllib_gtpo.env import ChatSpace, ToolEnv
-from rllib_gtpo.episodes import attach_trajectory, group_trajectories
-from rllib_gtpo.errors import ConfigError, DataError, EnvironmentFault, GTPOError
+from rllib_gtpo.episodes import attach_trajectory
+from rllib_gtpo.errors import ConfigError, EnvironmentFault, GTPOError
 from rllib_gtpo.group_rollout import GroupJob, GroupScheduler, Rollouts
+from rllib_gtpo.group_scoring import GroupScorer
 from rllib_gtpo.rl_module import RemoteModule
 from rllib_gtpo.rollout import Rollout
 from rllib_gtpo.rollout_stats import RolloutStats, Tally
-from rllib_gtpo.shuffling import EndlessOrder
+from rllib_gtpo.task_stream import TaskStream
 from rllib_gtpo.text_env import as_tool_env
 from rllib_gtpo.tools.python import sandbox_restarts
-from rllib_gtpo.types import Group, Task
 
 UNSHAPED_GROUPS = "unshaped_groups"  # those whose texts could not be embedded
 SANDBOX_RESTARTS = "sandbox_restarts"  # sandboxes whose own process was lost and replaced
@@ -63,16 +61,14 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         )
         self._callbacks = [cls() for cls in _as_list(self.config.callbacks_class)]
         self._weights_seq_no = 0
-        self._tasks: dict[str, list[Task]] = {}  # of the splits that were asked for
-        self._order: EndlessOrder | None = None  # of the training tasks
-        self._shaping_thread: ThreadPoolExecutor | None = None
         self._restarts = sandbox_restarts()
         self.codec = self.config.build_codec()
         self.make_env()
-        self._shaping = self.config.build_shaping()
+        shaping = self.config.build_shaping()
         self.make_module()
         self.engine = self.config.build_engine(self.module)
-        self._overlong_penalty = self.config.build_overlong_penalty(self.engine.max_context)
+        overlong_penalty = self.config.build_overlong_penalty(self.engine.max_context)
+        self._scorer = GroupScorer(self.env, shaping, overlong_penalty)
         self._env_to_module = self.config.build_env_to_module_connector(
             env=self.env, spaces=self.get_spaces(), device=self._device, codec=self.codec
         )
@@ -157,32 +153,6 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         except Exception as error:  # it may not survive pickling, and its traceback would not
             return Rollouts(failure=EnvironmentFault(f"{error!r}\n{traceback.format_exc()}"))
 
-    def task_at(self, position: int, split: str | None = None) -> Task | None:
-        """The task at a position of the endless shuffled stream, or of an evaluation split.
-
-        None behind the end of an evaluation split.
-        """
-        tasks = self._tasks_of(split or self._default_split)
-        if not self.config.in_evaluation:
-            self._order = self._order or EndlessOrder(len(tasks), self.config.seed or 0)
-            return tasks[self._order[position]]
-        return tasks[position] if position < len(tasks) else None
-
-    @property
-    def _default_split(self) -> str:
-        return evaluation_splits(self.config)[0] if self.config.in_evaluation else "train"
-
-    def _tasks_of(self, split: str) -> list[Task]:
-        if split not in self._tasks:
-            tasks = list(self.env.tasks(split))
-            if not tasks:
-                raise DataError(
-                    f"{type(self.env).__name__}.tasks({split!r}) has no rows: check the data, or "
-                    "set evaluation(split=...) to a split that exists."
-                )
-            self._tasks[split] = tasks
-        return self._tasks[split]
-
     def new_rollout(
         self, job: GroupJob, member: int, attempt: int, stats: RolloutStats
     ) -> Rollout | str:
@@ -190,10 +160,9 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
 
         Each attempt has random numbers of its own.
         """
-        split = job.split or self._default_split
-        task = self.task_at(job.position, split)
-        if task is None:
-            return f"{split!r} has only {len(self._tasks[split])} tasks"
+        task = self.tasks.find(job.position, job.split)
+        if isinstance(task, str):
+            return task
         evaluation = self.config.in_evaluation
         sampling = SamplingParams(
             max_tokens=self.config.max_turn_tokens,
@@ -211,26 +180,13 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
 
     async def score_group(self, rollouts: Sequence[Rollout]) -> list[SingleAgentEpisode]:
         """Scores a whole group; from here on its rewards are final."""
-        (group,) = group_trajectories([r.trajectory for r in rollouts])
-        if self._overlong_penalty is not None:
-            for trajectory in group.trajectories:
-                self._overlong_penalty.score(trajectory)
-        await self.env.rubric.score_group(self.env, group)
-        if self._shaping is not None:
-            unshaped = await self._shape(group)
+        unshaped = await self._scorer.score([rollout.trajectory for rollout in rollouts])
+        if unshaped is not None:
             self.metrics.log_value(UNSHAPED_GROUPS, unshaped, reduce="sum")
         for rollout in rollouts:
             attach_trajectory(rollout.episode, rollout.trajectory)
             self.callback("on_episode_end", rollout.episode, prev_episode_chunks=[])
         return [rollout.episode for rollout in rollouts]
-
-    async def _shape(self, group: Group) -> int:
-        """Shapes a group in a thread, one at a time: an embedder may wait for a service."""
-        assert self._shaping is not None
-        if self._shaping_thread is None:
-            self._shaping_thread = ThreadPoolExecutor(1, thread_name_prefix="shaping")
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._shaping_thread, self._shaping.score_groups, [group])
 
     def callback(self, which: str, episode: SingleAgentEpisode, **kwargs: Any) -> None:
         """Calls the user's RLlib callbacks, as RLlib's own runners do."""
@@ -287,6 +243,13 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         """Makes the instance that serves tasks and group rewards (trajectories have their own)."""
         self.env = self.new_env()
         _ = self.env.tool_schemas  # a server that does not start is told here
+        evaluation = self.config.in_evaluation
+        self.tasks = TaskStream(
+            self.env.tasks,
+            type(self.env).__name__,
+            split=evaluation_splits(self.config)[0] if evaluation else "train",
+            seed=None if evaluation else self.config.seed or 0,
+        )
 
     def new_env(self) -> ToolEnv:
         """An instance for one trajectory."""
@@ -387,8 +350,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
 
     def stop(self) -> None:
         """Closes the environment and the engine."""
-        if self._shaping_thread is not None:
-            self._shaping_thread.shutdown(wait=False, cancel_futures=True)
+        self._scorer.close()
         self.env.close()
         self.env.close_servers()
         self.engine.close()

@@ -58,6 +58,11 @@ class TestRefusals:
             ({"temperature": True}, "must be a number"),
             ({"engine": "vlm"}, "valid: hf"),
             ({"max_turns": 0}, "max_turns"),
+            ({"max_concurrency": 0}, "max_concurrency=0: must be a whole number of at least 1"),
+            ({"stragglers": "drip"}, "did you mean 'drop'"),
+            ({"stragglers": "drop"}, "more must be rolled out than are needed"),
+            ({"oversample": 0.5}, "to wait for all, leave both out"),
+            ({"stragglers": "drop", "oversample": -0.5}, "more must be rolled out"),
             ({"max_turn_tokens": 100, "max_tokens": 50}, "one turn cannot be longer"),
         ],
     )

@@ -113,7 +113,7 @@ class SlowTool(Adder):
 def tasks_in_order(config):
     """The runner's position p is task p."""
     runner = scripted_runner(config)
-    runner._order = range(10_000)
+    runner.tasks.order = range(10_000)
     return runner
 
 
@@ -150,7 +150,7 @@ class TestStragglers:
         """Of six groups one has no task; four are wanted, and one is left to drop."""
         config = scripted_config(SlowTool).environment(env_config={"count": 6})
         runner = tasks_in_order(config)
-        runner._order = [0, 2, 3, 4, 5, 1]
+        runner.tasks.order = [0, 2, 3, 4, 5, 1]
         long = "x" * 5000
         original = SlowTool.prompt
 
