@@ -25,7 +25,7 @@ from rllib_gtpo.models import TINY_QWEN2, load_model
 from tests.engines.processes import core_of
 from tests.tasks import Adder
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 CONTEXT = 256
 PROMPT = [5 + i * 7 % 200 for i in range(80)]
@@ -217,6 +217,15 @@ def test_a_turn_ends_where_the_context_does(pool):
     assert (len(done.token_ids), done.finish) == (10, "length")
     with pytest.raises(ValueError, match="leaves no room"):
         generate(pool, request("a", (PROMPT * 4)[:CONTEXT]))
+
+
+def test_more_prompts_at_once_than_fit_into_one_step(pool):
+    """vLLM would cut one in two, and on a CPU die of it, since every request has a seed."""
+    before = pool.report().replaced
+    calls = [request(f"t{i}", [i, *(PROMPT * 3)[:239]], key=(i,), max_tokens=2) for i in range(80)]
+    done = generate(pool, *calls)
+    assert [len(c.token_ids) for c in done] == [2] * 80
+    assert pool.report().replaced == before
 
 
 def test_trajectories_spread_over_engines_and_stay(pool):

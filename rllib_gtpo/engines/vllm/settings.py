@@ -31,6 +31,7 @@ _OURS = {
 }
 VERSIONS_OF_ADAPTER = 2  # the newest, and the one that requests in flight may have
 _CPU_KV_BYTES = 256 << 20
+_CPU_BATCHED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,7 @@ class EngineSettings:
     @property
     def workers(self) -> int:
         """Processes, and on a GPU build devices, of one engine."""
-        sizes = ("tensor_parallel_size", "pipeline_parallel_size")
-        count = 1
-        for name in sizes:
-            count *= int(self.options.get(name, 1))
-        return count
+        return _workers(self.options)
 
     @property
     def adapters(self) -> int:
@@ -85,13 +82,16 @@ class EngineSettings:
 
     def resources(self) -> dict[str, float]:
         """What one engine takes of a Ray cluster; CPU engines share the cores with everyone."""
-        return {"CPU": 0} if self.cpu else {"CPU": 1, "GPU": self.workers}
+        if self.cpu:
+            return {"CPU": 0}
+        # With CUDA IPC a learner has the other half of the device.
+        return {"CPU": 1, "GPU": 0.5 if self.weight_transfer == "ipc" else self.workers}
 
     def environment(self) -> dict[str, str]:
         """Environment variables of the engine's actor."""
         variables = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
             "VLLM_NO_USAGE_STATS": "1",
         }
         if self.cpu:
@@ -135,6 +135,10 @@ class EngineSettings:
                 "enforce_eager": True,
                 "block_size": 32,
                 "kv_cache_memory_bytes": _CPU_KV_BYTES,
+                # A prompt that is cut in two takes back a draw of its request's random numbers,
+                # which those of a CPU cannot: the engine would die.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, self.max_context),
             }
         own = {k: v for k, v in self.options.items() if k != "weight_transfer"}
         arguments |= own
@@ -195,8 +199,28 @@ def check_vllm(config: GTPOConfig) -> None:
         raise ConfigError(
             f"engine_config weight_transfer={backend!r} is unknown{did_you_mean(backend, BACKENDS)}"
         )
+    if cpu and options.get("enable_chunked_prefill"):
+        raise ConfigError(
+            "engine_config enable_chunked_prefill=True: a CPU build of vLLM dies when it cuts the "
+            "prompt of a request that has a seed, as all have here; leave it out."
+        )
     if cpu and backend != SHARED_MEMORY:
         raise ConfigError(
             f"engine_config weight_transfer={backend!r} needs GPUs, and vLLM is a CPU build: leave "
             "it out."
         )
+    if backend != SHARED_MEMORY and config.strategy == "deepspeed":
+        raise ConfigError(
+            f"engine_config weight_transfer={backend!r} cannot read the parts that "
+            "strategy='deepspeed' keeps: leave it out, or use strategy='fsdp2'."
+        )
+    if backend == "ipc" and _workers(options) > 1:
+        raise ConfigError(
+            "engine_config weight_transfer='ipc' is for engines of one device, which a learner "
+            "shares: leave out tensor_parallel_size and pipeline_parallel_size, or use 'nccl'."
+        )
+
+
+def _workers(options: Mapping[str, Any]) -> int:
+    tensor, pipeline = (options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+    return int(tensor) * int(pipeline)
