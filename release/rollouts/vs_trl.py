@@ -1,7 +1,7 @@
 """A training iteration on the calculator, here and with TRL's GRPOTrainer, and what each learns.
 
     python release/rollouts/vs_trl.py               # under ten minutes on two cores
-    python release/rollouts/vs_trl.py --full        # more iterations, and a plot
+    python release/rollouts/vs_trl.py --full        # 40 iterations instead of 20
     python release/rollouts/vs_trl.py --json FILE --plot FILE --markdown docs/speed.md
 
 Both start from one cold-started directory and train in this process with its threads: after each

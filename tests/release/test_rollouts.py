@@ -1,4 +1,4 @@
-"""The rollout bench: what it feeds the bare engine, and what it records."""
+"""The rollout bench: what it feeds the bare engine, what it records, and the docs."""
 
 from __future__ import annotations
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from release.results import renewed
 from release.rollouts import vs_trl
 from rllib_gtpo.chat import ChatCodec, call_format
 from rllib_gtpo.models import TINY_QWEN2, build_tokenizer, load_model, load_tokenizer
 from rllib_gtpo.types import ToolCall
 
 trl = pytest.importorskip("trl")
+ROOT = Path(__file__).parents[2]
 CALL = "```python\nprint(12+7)\n```"
 
 
@@ -90,3 +93,10 @@ def test_both_train(ray_session, tmp_path, monkeypatch):
         assert row["trained_positions"] >= row["sampled"]
     assert ratio["ratio"] == pytest.approx(ours["seconds"] / theirs["seconds"])
     json.dumps([ours, theirs, ratio])
+
+
+def test_the_docs_show_what_was_recorded():
+    docs = (ROOT / "docs" / "speed.md").read_text()
+    recorded = json.loads((ROOT / "release" / "results" / "vs_trl.json").read_text())
+    assert renewed(docs, {"vs_trl": vs_trl.table(recorded["metrics"])}) == docs
+    assert recorded["passed"]
