@@ -141,8 +141,8 @@ def test_a_failed_upload_keeps_the_directory(trained, tmp_path, monkeypatch):
 
 def test_a_card_tells_a_hub_id_and_no_path(trained, tmp_path):
     config = GTPOConfig().language_model(model="Qwen/Qwen2.5-0.5B-Instruct")
-    assert "base_model: Qwen/Qwen2.5-0.5B-Instruct" in _card("x", trained[0], config)
-    card = _card("x", trained[0], GTPOConfig().language_model(model="/home/me/start"))
+    assert "base_model: Qwen/Qwen2.5-0.5B-Instruct" in _card("x", trained[0], config, "hermes")
+    card = _card("x", trained[0], GTPOConfig().language_model(model="/home/me/start"), "hermes")
     assert "started from start" in card and "/home" not in card and "base_model" not in card
 
 

@@ -17,9 +17,9 @@ from rllib_gtpo.chat.formats import native_format
 from rllib_gtpo.errors import ChatTemplateError, ConfigError
 
 HEADER = (
-    "| template | results go as | writes calls as | a turn ends with "
+    "| template | tools | results go as | writes calls as | a turn ends with "
     "| a whole rendering differs in |\n"
-    "|---|---|---|---|---|"
+    "|---|---|---|---|---|---|"
 )
 # What looks like a special token in a template's text.
 _MARKERS = re.compile(
@@ -52,7 +52,8 @@ def row(name: str, codec: ChatCodec) -> str:
     results = template.shape.results.value + (", in parts" if template.shape.parts else "")
     ends = ", ".join(f"`{end}`" for end in template.ends).replace("|", "\\|")
     differs = ", ".join(codec.deviations) or "nothing"
-    return f"| {name} | {results} | {calls} | {ends} | {differs} |"
+    tools = "shown" if template.shows_tools else "not shown"
+    return f"| {name} | {tools} | {results} | {calls} | {ends} | {differs} |"
 
 
 def load(source: str) -> ChatCodec:
@@ -77,7 +78,7 @@ def check(sources: Sequence[str]) -> int:
         except (ChatTemplateError, ConfigError, OSError) as error:
             refused += 1
             reason = " ".join(str(error).split()).replace("|", "\\|")
-            print(f"| {name} | refused: {reason} | | | |")
+            print(f"| {name} | refused: {reason} | | | | |")
     return 1 if refused else 0
 
 

@@ -126,6 +126,22 @@ class ChatTemplate:
         return opened[next((i for i, (a, b) in pairs if a != b), len(closed)) :]
 
     @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the template explains tools; else the task's own messages must."""
+        schema = {
+            "type": "function",
+            "function": {
+                "name": "lookup",
+                "description": "",
+                "parameters": {"type": "object", "properties": {}},
+            },
+        }
+        try:
+            return "lookup" in self.render([user("probe")], [schema], generate=True)
+        except ChatTemplateError:
+            return False
+
+    @cached_property
     def writes_calls(self) -> bool:
         """Whether the template writes structured calls; else they are part of the content."""
         try:
@@ -144,16 +160,16 @@ class ChatTemplate:
                 [call(i, m.get("name") or "unknown", m) for i, m in enumerate(results)]
             )
         whole = self.render([user("probe"), turn, *messages], generate=True, shape=shape)
-        _, found, after = whole.partition(PROBE)
-        if not found:
+        _, *behind = whole.split(PROBE, len(turn.get("tool_calls", "?")))
+        if not behind:
             alone = self.render([user("probe"), turn], generate=False, shape=shape)
             raise ChatTemplateError(
                 "the chat template changes an assistant's message when others follow"
                 if PROBE in alone
                 else "the chat template does not write an assistant's message verbatim"
             )
+        after = behind[-1]
         if "tool_calls" in turn:
-            after = after.rpartition(PROBE)[2] if len(turn["tool_calls"]) > 1 else after
             end = self._end_of_calls(turn, after, shape)
         else:
             match = self.special.match(after)

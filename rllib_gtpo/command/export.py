@@ -92,7 +92,7 @@ def export(
         model.save_pretrained(unfinished)
         codec.tokenizer.save_pretrained(unfinished)
         card = unfinished / "README.md"
-        card.write_text(_card(target.name, checkpoint, config))
+        card.write_text(_card(target.name, checkpoint, config, codec.call_format.name))
         for file in unfinished.iterdir():  # safetensors makes files for the owner's eyes only
             file.chmod(card.stat().st_mode)
         os.replace(unfinished, target)
@@ -147,7 +147,7 @@ def _model(checkpoint: Path, dtype: str | None) -> Any:
     return module.model if dtype is None else module.model.to(getattr(torch, dtype))
 
 
-def _card(name: str, checkpoint: Path, config: Any) -> str:
+def _card(name: str, checkpoint: Path, config: Any, call_format: str) -> str:
     source = config.language_model_source
     hub_id = source if isinstance(source, str) and not is_local(source) else None
     versions = ", ".join(
@@ -162,7 +162,7 @@ def _card(name: str, checkpoint: Path, config: Any) -> str:
         facts="".join(f"- {fact}\n" for fact in _facts(checkpoint, hub_id, source)),
         settings="\n".join(f"| {key} | {getattr(config, key)} |" for key in _TRAINED_WITH),
         versions=versions,
-        call_format=config.call_format,
+        call_format=call_format,
         max_tokens=config.max_turn_tokens,
     )
 

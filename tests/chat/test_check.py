@@ -18,7 +18,9 @@ def test_a_model_and_a_template_get_their_rows(tmp_path, model, capsys):
     assert main(["check", model, str(tmp_path / "odd.jinja")]) == 1
     *header, good, bad = capsys.readouterr().out.splitlines()
     assert "\n".join(header) == HEADER
-    assert good == f"| {model} | tool messages | text only | `<\\|im_end\\|>` | nothing |"
+    assert (
+        good == f"| {model} | not shown | tool messages | text only | `<\\|im_end\\|>` | nothing |"
+    )
     assert bad.startswith("| odd | refused: The chat template cannot be continued turn by turn")
     assert main(["check", model]) == 0
 

@@ -200,6 +200,9 @@ def test_what_is_trained_is_what_was_sampled(path):
         sampled.append(ids)
         batch = to_tokens(batch={}, episodes=[episode])
         prompt_ids = batch[PROMPT_IDS]
+        if len(sampled) > 1:
+            (added,) = prompt_ids
+            assert added == codec.delta_ids(observation.messages, sampled[-2][-1])
         completion = Completion(ids, [-1.0] * len(ids), "stop")
         batch = to_turns(
             batch={PROMPT_IDS: prompt_ids, COMPLETIONS: [completion]}, episodes=[episode]
@@ -243,4 +246,7 @@ def test_a_format_that_the_template_does_not_explain_is_refused(name):
     native = ChatCodec(codec.tokenizer, "auto").call_format.name
     with pytest.raises(ChatTemplateError, match=f"set call_format='{native}' or 'auto'"):
         ChatCodec(codec.tokenizer, "mistral")
-    assert set(codec.stop_token_ids) <= set(ChatCodec(codec.tokenizer, native).stop_token_ids)
+    more = {"llama3_1": ["<|eom_id|>"], "glm4moe": ["<|user|>", "<|observation|>"]}.get(name, [])
+    stops = ChatCodec(codec.tokenizer, native).stop_token_ids
+    assert set(codec.tokenizer.convert_tokens_to_ids(more)) <= set(stops)
+    assert set(codec.stop_token_ids) <= set(stops)
