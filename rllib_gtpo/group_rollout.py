@@ -71,6 +71,7 @@ class GroupRollout:
 
     job: GroupJob
     members: list[Rollout | None]
+    waiting_for: int  # members that are on their way, their rewards included, or still to come
     attempt: int = 0
     over: bool = False  # handed on, or given up for one reason or another
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -79,11 +80,6 @@ class GroupRollout:
     def rollouts(self) -> list[Rollout]:
         """Those that have started."""
         return [member for member in self.members if member is not None]
-
-    @property
-    def ended(self) -> bool:
-        """Whether no member is on its way or still to come."""
-        return all(member is not None and member.done for member in self.members)
 
     def broken_members(self) -> list[int]:
         """Those to roll out again: not where most of the group's environments broke, which is the
@@ -117,7 +113,7 @@ class GroupScheduler:
         self._runner, self._out = runner, out
         self._limit: int = runner.config.max_concurrency
         self._on_group, self._on_progress = on_group, on_progress or (lambda tally: None)
-        self._groups = [GroupRollout(job, [None] * job.members) for job in jobs]
+        self._groups = [GroupRollout(job, [None] * job.members, job.members) for job in jobs]
         self._queue = deque((group, m) for group in self._groups for m in range(group.job.members))
         self._wanted = wanted if wanted is not None and wanted < len(jobs) else None
         self._must_finish = [group for group in self._groups if group.job.must_finish]
@@ -257,7 +253,8 @@ class GroupScheduler:
         self._out.stats.trajectory_ended(rollout.trajectory)
         self._tally.add_trajectory(rollout.trajectory)
         self._on_progress(self._tally)
-        if group.over or not group.ended:
+        group.waiting_for -= 1
+        if group.over or group.waiting_for:
             return
         again = group.broken_members()
         if again:
@@ -287,6 +284,7 @@ class GroupScheduler:
             self._tally.remove_trajectory()
             group.members[member] = None
         group.attempt += 1
+        group.waiting_for = len(again)
         self._queue.extendleft((group, member) for member in reversed(again))
 
     def _give_up(

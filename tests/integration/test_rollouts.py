@@ -223,6 +223,16 @@ class TestEngineErrors:
         members = [(t.group_id, t.member) for t in map(trajectory_of, out.episodes)]
         assert members == [(p, m) for p in range(2) for m in range(4)]
 
+    def test_what_is_rolled_out_again_goes_before_what_has_not_started(self, monkeypatch):
+        monkeypatch.setattr("rllib_gtpo.rollout.ENGINE_PAUSE_S", 0.0)
+        first = self.failing(3, lambda key: len(key) == 6 and key[3:5] == (0, 0))
+        config = scripted_config(Adder, max_concurrency=4).scripted(fail=first)
+        runner, out = run(config, jobs(5))
+        assert len(out.episodes) == 20
+        keys = [key for key, _ in runner.engine.requests]
+        again = next(i for i, key in enumerate(keys) if len(key) == 7)
+        assert again < next(i for i, key in enumerate(keys) if key[3] == 4)
+
     def test_an_engine_that_stays_broken_is_told(self, monkeypatch):
         monkeypatch.setattr("rllib_gtpo.rollout.ENGINE_PAUSE_S", 0.0)
         config = scripted_config(Adder).scripted(fail=lambda request: EngineError("no GPU"))
@@ -249,6 +259,14 @@ class TestEngineErrors:
         assert len(out.episodes) == 4 and out.stats.engine_retries == 12
 
 
+class Judged(Adder):
+    """The first member of each group waits for its reward long after the others have ended."""
+
+    async def reward(self, trajectory, task):
+        await asyncio.sleep(0.2 if trajectory.member == 0 else 0.0)
+        return {"accuracy": 1.0, "judge": 1.0}
+
+
 class Troubled(Adder):
     """One member of each group raises, one cancels itself, in its second turn."""
 
@@ -273,6 +291,13 @@ class TestOneTrajectoryAndTheOthers:
         }
         for episode, trajectory in zip(out.episodes, trajectories, strict=True):
             assert len(episode) == len(trajectory.turns)
+
+    def test_a_group_is_complete_when_the_last_reward_is_there(self):
+        _, out = run(scripted_config(Judged), jobs(3))
+        trajectories = [trajectory_of(e) for e in out.episodes]
+        assert len(trajectories) == 12
+        assert all(t.correct and t.turns[-1].rewards["judge"] == 1.0 for t in trajectories)
+        assert [e.get_return() for e in out.episodes] == [t.reward for t in trajectories]
 
     def test_a_text_that_cannot_be_made_a_turn_ends_only_its_trajectory(self):
         """Of eight second turns the first and the fifth fail, and again the first that follows."""
