@@ -50,7 +50,7 @@ from rllib_gtpo.sandbox import SandboxResult, Status
 from rllib_gtpo_envs import Calculator
 from rllib_gtpo_envs.chains import first_step, result_of
 
-RUNS = {"tiny": (16, 10), "small": (8, 8), "base": (4, 6)}  # groups and repetitions by size
+RUNS = {"tiny": (16, 5), "small": (4, 4), "base": (2, 2)}  # groups and repetitions by size
 BOUND = (("small", "function"), ("base", "function"), ("base", "sandbox"))
 """Rows with a threshold: where sampling a turn takes long enough for what the task costs, too."""
 THRESHOLDS = {f"ratio_{size}_{tool}": {"min": 0.90} for size, tool in BOUND}
