@@ -35,6 +35,7 @@ import asyncio
 import json
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,7 @@ _CONTROL_GROUPS = (
         *("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ),
 )
+_LOOK_EVERY_S = 0.05
 _EVICTED_AT_ONCE = 2  # more than one comes per start, so that memory recovers
 
 
@@ -129,6 +131,8 @@ class _Host:
         self.sandbox, self.limits = sandbox, limits
         self.slots = _Slots(count)
         self.running = 0
+        self._room_for_all = count * limits.memory_mb
+        self._next_look = 0.0  # at the memory, which is read from a dozen lines of text
         self._idle: weakref.WeakKeyDictionary[PythonSession, None] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -137,13 +141,24 @@ class _Host:
         with self._lock:
             self._idle.pop(session, None)
             self.running += 1
-            if self._idle and available_mb() < self.running * self.limits.memory_mb:
+            if self._idle and self._short_of_memory():
                 for other in list(self._idle)[:_EVICTED_AT_ONCE]:
                     del self._idle[other]
                     other._evict()
             if session._session is None:
                 session._session = self.sandbox.session()
             return session._session
+
+    def _short_of_memory(self) -> bool:
+        """Whether running cells may need more than there is; not asked again at once after there
+        was enough for every slot."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return False
+        available = available_mb()
+        if available >= self._room_for_all:
+            self._next_look = now + _LOOK_EVERY_S
+        return available < self.running * self.limits.memory_mb
 
     def end(self, session: PythonSession) -> None:
         """A cell of `session` is over."""

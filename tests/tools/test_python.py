@@ -204,6 +204,7 @@ def test_without_memory_the_oldest_idle_sessions_start_again(host, monkeypatch):
         sessions = [PythonSession(LIMITS) for _ in range(5)]
         for n, session in enumerate(sessions):
             await session.arun(f"x = {n}")
+        await asyncio.sleep(2 * python_tool._LOOK_EVERY_S)
         monkeypatch.setattr(python_tool, "available_mb", lambda: 63)
         await sessions[0].arun("x += 10")  # the newest use, at the cost of 1 and 2
         monkeypatch.setattr(python_tool, "available_mb", lambda: 64)
@@ -213,6 +214,27 @@ def test_without_memory_the_oldest_idle_sessions_start_again(host, monkeypatch):
     lost = RESTARTED + "None\n"
     assert [r.output for r in results] == ["10\n", lost, lost, "3\n", "4\n"]
     assert {r.status for r in results} == {Status.OK}
+
+
+def test_memory_is_not_read_for_every_cell_where_there_is_plenty(host, monkeypatch):
+    looks = []
+    monkeypatch.setattr(python_tool, "available_mb", lambda: looks.append(1) or 10**6)
+
+    async def main():
+        sessions = [PythonSession(LIMITS) for _ in range(2)]
+        for _ in range(10):
+            for session in sessions:
+                host.begin(session)
+                host.end(session)
+        first = len(looks)
+        await asyncio.sleep(2 * python_tool._LOOK_EVERY_S)
+        host.begin(sessions[0])
+        host.end(sessions[0])
+        for session in sessions:
+            session.close()
+        return first, len(looks)
+
+    assert asyncio.run(main()) == (1, 2)
 
 
 def test_a_restart_is_told_within_the_limit_of_the_output(host):
