@@ -14,14 +14,16 @@ trajectories in which every turn waits for the slowest tool of all, one batch af
 is the env runner with no more trajectories than rows: those in a tool leave rows empty.
 
 per_s counts trajectories, from the 10th to the 90th percentile of their ends; for lock-step all of
-them over the whole time.  Rounds alternate, and ratios are medians over rounds, so that other load
-meets all alike.
+them over the whole time.  Time is what the thread of the event loop computed plus what it waited
+with nothing to do, so that other load on the machine does not count; on a quiet machine that is the
+time of day.  wall_per_s is by the time of day.  Rounds alternate; ratios are medians over rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import selectors
 import statistics
 import sys
 import tempfile
@@ -33,6 +35,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import ray
+import torch
 
 from release.results import Report, markdown, renewed
 from release.rollouts.setup import MARKUP, Sum, bench_config, runner_of, uniform
@@ -45,7 +48,33 @@ from rllib_gtpo.rollout_stats import RolloutStats, Tally
 QUICK_S, SLOW_S, SLOW_SHARE = 0.010, 5.0, 0.01
 ROWS, IN_FLIGHT, MEMBERS = 64, 192, 8
 THRESHOLDS = {"of_zero_latency": {"min": 0.85}, "times_lock_step": {"min": 3.0}}
-SHOWN = {"what": 30, "trajectories": 12, "seconds": 8, "per_s": 8, "of_zero": 8, "in_flight": 9}
+SHOWN = {"what": 30, "trajectories": 12, "seconds": 8, "per_s": 8, "wall_per_s": 10}
+SHOWN |= {"of_zero": 8, "in_flight": 9}
+
+
+class Clock:
+    """The time that the event loop of this thread computes or waits."""
+
+    waited = 0.0
+
+    @classmethod
+    def watch(cls) -> None:
+        """From now on."""
+        select = selectors.DefaultSelector.select
+
+        def timed(self: Any, timeout: float | None = None) -> Any:
+            began = time.perf_counter()
+            events = select(self, timeout)
+            if timeout is None or timeout > 0:
+                cls.waited += time.perf_counter() - began
+            return events
+
+        selectors.DefaultSelector.select = timed  # type: ignore[method-assign]
+
+    @classmethod
+    def now(cls) -> tuple[float, float]:
+        """Seconds by this clock, and by the time of day."""
+        return time.thread_time() + cls.waited, time.perf_counter()
 
 
 def no_latency(name: str, call: int) -> float:
@@ -85,18 +114,20 @@ def jobs(trajectories: int, start: int = 0) -> list[GroupJob]:
 
 def free(runner: GTPOEnvRunner, trajectories: int) -> dict[str, float]:
     """The env runner's own way."""
-    ends: list[float] = []
+    ends: list[tuple[float, float]] = []
 
     def ended(tally: Tally) -> None:
-        ends.extend([time.perf_counter()] * (tally.trajectories - len(ends)))
+        ends.extend([Clock.now()] * (tally.trajectories - len(ends)))
 
-    began = time.perf_counter()
+    began = Clock.now()
     out = runner.sample_groups(jobs(trajectories), on_progress=ended)
     low, high = len(ends) // 10, 9 * len(ends) // 10
+    own, wall = ((last - first) for first, last in zip(ends[low], ends[high], strict=True))
     return {
         "trajectories": len(ends),
-        "seconds": ends[-1] - began,
-        "per_s": (high - low) / (ends[high] - ends[low]),
+        "seconds": ends[-1][0] - began[0],
+        "per_s": (high - low) / own,
+        "wall_per_s": (high - low) / wall,
         "in_flight": out.stats.in_flight_peak,
         "turns": out.stats.turns / len(ends),
         "wait_s": out.stats.straggler_wait_s,
@@ -121,15 +152,16 @@ async def one_batch(runner: GTPOEnvRunner, batch: Sequence[GroupJob]) -> int:
 
 def lock_step(runner: GTPOEnvRunner, batches: int) -> dict[str, float]:
     """One batch after another."""
-    began, done = time.perf_counter(), 0
+    began, done = Clock.now(), 0
     for number in range(batches):
         batch = jobs(IN_FLIGHT, start=number * IN_FLIGHT // MEMBERS)
         done += asyncio.run(one_batch(runner, batch))
-    seconds = time.perf_counter() - began
+    own, wall = (last - first for first, last in zip(began, Clock.now(), strict=True))
     return {
         "trajectories": done,
-        "seconds": seconds,
-        "per_s": done / seconds,
+        "seconds": own,
+        "per_s": done / own,
+        "wall_per_s": done / wall,
         "in_flight": IN_FLIGHT,
     }
 
@@ -188,6 +220,8 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="renew the table in FILE")
     args = parser.parse_args()
     report = Report("rollouts with slow tools", THRESHOLDS, [0])
+    torch.set_num_threads(1)  # the engine computes in the thread that is timed
+    Clock.watch()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         with tempfile.TemporaryDirectory() as folder:
