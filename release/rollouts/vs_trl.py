@@ -366,7 +366,8 @@ class Tasks:
 
     def first(self, count: int) -> list[Mapping[str, Any]]:
         """The first tasks that training will see."""
-        return [task for p in range(count) if (task := self._runner.task_at(p)) is not None]
+        found = (self._runner.tasks.find(position) for position in range(count))
+        return [task for task in found if not isinstance(task, str)]
 
     @property
     def longest_prompt(self) -> int:
