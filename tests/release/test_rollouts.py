@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from release.results import renewed
 from release.rollouts import bench, start
 from rllib_gtpo.engines.hf import HFEngine
 from rllib_gtpo.models import TINY_QWEN2, build_tokenizer, load_model
@@ -85,3 +87,11 @@ def test_the_bench_runs(models, tmp_path):
     assert row["sampled_tokens"] >= row["requests"]
     assert row["bare_tok_s"] > 0
     assert row["ratio"] == pytest.approx(row["rollout_tok_s"] / row["bare_tok_s"])
+
+
+def test_the_docs_show_what_was_recorded():
+    root = Path(__file__).parents[2]
+    docs = (root / "docs" / "speed.md").read_text()
+    recorded = json.loads((root / "release" / "results" / "rollouts.json").read_text())
+    assert renewed(docs, {"rollouts": bench.table(recorded["metrics"])}) == docs
+    assert recorded["passed"]
