@@ -99,4 +99,3 @@ def test_the_docs_show_what_was_recorded():
     docs = (ROOT / "docs" / "speed.md").read_text()
     recorded = json.loads((ROOT / "release" / "results" / "vs_trl.json").read_text())
     assert renewed(docs, {"vs_trl": vs_trl.table(recorded["metrics"])}) == docs
-    assert recorded["passed"]
