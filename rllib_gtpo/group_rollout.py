@@ -45,14 +45,14 @@ class GroupJob:
 
 
 @dataclass
-class Rollouts:
-    """What a runner gives back: the episodes of complete groups, and what became of the others.
+class Outcome:
+    """The episodes of complete groups, and what became of the others.
 
     skipped: Position -> why its task cannot be rolled out at all.
     incomplete: Position -> what broke members, again and again.
     discarded: Rollouts that broke and were rolled out again, and those of incomplete groups.
     dropped: Position -> the members, as far as they came, of a group that others were faster than.
-    weights_version: The newest that the runner knew of.
+    weights_version: The newest that a runner knew of.
     """
 
     episodes: list[SingleAgentEpisode] = field(default_factory=list)
@@ -62,6 +62,12 @@ class Rollouts:
     dropped: dict[int, list[Trajectory]] = field(default_factory=dict)
     stats: RolloutStats = field(default_factory=RolloutStats)
     weights_version: int = 0
+
+
+@dataclass
+class Rollouts(Outcome):
+    """What a runner gives back."""
+
     failure: Exception | None = None  # what went wrong, if the runner itself could not go on
 
 

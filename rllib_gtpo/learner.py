@@ -56,7 +56,6 @@ from rllib_gtpo.packing import (
 )
 from rllib_gtpo.rl_module import ENTROPY, LOGPROBS
 from rllib_gtpo.strategies import Strategy
-from rllib_gtpo.strategies.base import named_tensors
 from rllib_gtpo.types import Group, Trajectory
 
 SUPERVISED = "supervised"  # the cold start's own optimizer, so that RL starts with a fresh state
@@ -84,7 +83,6 @@ class GTPOLearner(TorchLearner):
         self._bad_steps = 0
         self._packed = False  # whether the model takes sequences without padding
         self._strategy: Strategy = self.config.build_strategy()
-        self._whole_reference: dict[str, Tensor] | None = None
         self._step_metrics: tuple[str, ...] = (
             _NOTHING_TRAINED  # their names stay when there is nothing to train on
         )
@@ -99,7 +97,7 @@ class GTPOLearner(TorchLearner):
         device = get_device(self.config, self.config.num_gpus_per_learner)
         self._strategy.setup_process(self._rank, self._world, torch.device(device))
         super().build()
-        self._gather_weights()
+        self._gather_weights(self._unwrapped)
         if self.config.seed is not None:
             torch.manual_seed(self.config.seed + 1000 * self._rank)
 
@@ -160,22 +158,20 @@ class GTPOLearner(TorchLearner):
         if components is None:
             state["torch_rng"] = torch.get_rng_state()
             if self._reference is not None:
-                state["reference"] = self._whole_reference or {
-                    name: value.detach().cpu() for name, value in named_tensors(self._reference)
-                }
+                state["reference"] = self._reference.get_state()
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """See `get_state`; learners other than the first continue with a generator of their own."""
         super().set_state(state)
-        self._gather_weights()
+        self._gather_weights(self._unwrapped)
         if "torch_rng" in state:
             torch.set_rng_state(state["torch_rng"])
             if self._rank:
                 torch.manual_seed(torch.initial_seed() + self._rank)
         if "reference" in state:
-            self._strategy.load_weights(self._make_reference(), state["reference"])
-            self._whole_reference = state["reference"]
+            self._make_reference().set_state(state["reference"])
+            self._gather_weights(self._reference)
 
     def _get_optimizer_state(self) -> dict[str, Any]:
         """Without RLlib's way through numpy, which loses bfloat16 and integer steps."""
@@ -240,7 +236,7 @@ class GTPOLearner(TorchLearner):
         progress = kwargs.get("on_step") or (lambda done, total: None)
         self._log(self._credit_report(batch))
         self._log(self._train_on(self.last_batch, batch[SEQUENCES], progress))
-        self._gather_weights()
+        self._gather_weights(self._unwrapped)
         self.after_gradient_based_update(timesteps=timesteps or {})
         return self.metrics.reduce()
 
@@ -403,7 +399,7 @@ class GTPOLearner(TorchLearner):
                 "weight_decay", optimizer.defaults.get("weight_decay", 0.0)
             )
         self._keep_own_lr()
-        self._gather_weights()
+        self._gather_weights(self._unwrapped)
         self._weights_seq_no += 1
 
     @property
@@ -491,7 +487,7 @@ class GTPOLearner(TorchLearner):
 
         self._reference = self._strategy.make_reference(self._unwrapped, build)
         self._reference.requires_grad_(False)
-        self._whole_reference = self._strategy.full_weights(self._reference)
+        self._gather_weights(self._reference)
         return self._reference
 
     def _equally_many(
@@ -539,10 +535,10 @@ class GTPOLearner(TorchLearner):
     def _forward(self, batch: TokenBatch) -> Output:
         return self._strategy.forward(self.module[DEFAULT_MODULE_ID], {"tokens": batch})
 
-    def _gather_weights(self) -> None:
+    def _gather_weights(self, module: Any) -> None:
         """For `get_state`, which is asked of the first learner alone."""
-        if self._strategy.sharded:
-            self._unwrapped.whole = self._strategy.full_weights(self._unwrapped) or {}
+        if module.sharding is not None:
+            module.whole = self._strategy.full_weights(module) or {}
 
 
 def _gather(anchors: dict[int, Tensor], batch: TokenBatch) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from ray.rllib.core.rl_module.torch import TorchRLModule
@@ -15,9 +15,7 @@ from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.models import load_config, load_model, max_positions
 from rllib_gtpo.ops.logprobs import selected_logprobs
 from rllib_gtpo.packing import NOT_TRAINED, TokenBatch, TokenSequence, collate
-
-if TYPE_CHECKING:
-    from rllib_gtpo.strategies import Strategy
+from rllib_gtpo.strategies.base import Strategy, named_tensors
 
 LOGPROBS = "logprobs"
 ENTROPY = "entropy"
@@ -136,14 +134,7 @@ class LLMModule(TorchRLModule):
         once."""
         if self.sharding is not None:
             return self.whole
-        state: dict[str, Tensor] = {}
-        seen: set[int] = set()
-        for name, value in self.state_dict().items():
-            if value.data_ptr() in seen and value.numel():
-                continue
-            seen.add(value.data_ptr())
-            state[name] = value.detach().to("cpu", copy=True)
-        return state
+        return {name: value.detach().to("cpu", copy=True) for name, value in named_tensors(self)}
 
     def set_state(self, state: dict[str, Tensor]) -> None:
         """Loads a state of `get_state`; refuses one of another architecture."""

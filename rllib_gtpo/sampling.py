@@ -9,9 +9,9 @@ from typing import Any
 
 from rllib_gtpo.episodes import groups_of, trajectory_of
 from rllib_gtpo.errors import DataError, EngineError, EnvironmentFault
-from rllib_gtpo.group_rollout import GroupJob, Rollouts
+from rllib_gtpo.group_rollout import GroupJob, Outcome, Rollouts
 from rllib_gtpo.remote_progress import remote_tallies
-from rllib_gtpo.rollout_stats import RolloutStats, Tally
+from rllib_gtpo.rollout_stats import Tally
 from rllib_gtpo.types import Group, StopReason, Trajectory
 
 _MAX_ROUNDS = 5
@@ -19,17 +19,9 @@ _MAX_SKIPPED_FRAC = 10  # give up after this many times the wanted groups could 
 
 
 @dataclass
-class Sampled:
-    """Episodes of whole groups in the order of their jobs; what could not be used (see `Rollouts`);
-    groups lost with a runner."""
+class Sampled(Outcome):
+    """What all runners gave back, in the order of the jobs; groups lost with a runner."""
 
-    episodes: list[Any] = field(default_factory=list)
-    skipped: dict[int, str] = field(default_factory=dict)
-    incomplete: dict[int, str] = field(default_factory=dict)
-    discarded: list[Trajectory] = field(default_factory=list)
-    dropped: dict[int, list[Trajectory]] = field(default_factory=dict)
-    stats: RolloutStats = field(default_factory=RolloutStats)
-    weights_version: int = 0
     runner_metrics: list[Any] = field(default_factory=list)
     lost_groups: int = 0
 
@@ -38,7 +30,7 @@ class Sampled:
         """All rollouts that are not among the episodes."""
         return self.discarded + [t for members in self.dropped.values() for t in members]
 
-    def add(self, other: Rollouts | Sampled) -> None:
+    def add(self, other: Outcome) -> None:
         """Takes in what was sampled besides."""
         self.episodes += other.episodes
         self.skipped.update(other.skipped)

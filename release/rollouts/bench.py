@@ -265,12 +265,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown(head, body)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures every size and tool, and checks the thresholds."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="four times as many repetitions")
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=list(TOOLS))
+def parser_of(doc: str, sizes: Sequence[str], tools: Sequence[str]) -> argparse.ArgumentParser:
+    """The arguments of a bench of rollouts; by default it measures these sizes and tools."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=list(sizes), choices=list(sizes))
+    parser.add_argument("--tools", nargs="+", default=list(tools), choices=list(TOOLS))
     parser.add_argument("--groups", type=int, help=f"of {MEMBERS} trajectories, for all sizes")
     parser.add_argument("--concurrency", type=int, default=128, help="trajectories at one time")
     parser.add_argument("--repetitions", type=int, help="for all sizes")
@@ -278,6 +277,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cold-start", type=int, default=600, metavar="STEPS")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="renew the table in FILE")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures every size and tool, and checks the thresholds."""
+    parser = parser_of(__doc__, list(SIZES), list(TOOLS))
+    parser.add_argument("--full", action="store_true", help="four times as many repetitions")
     args = parser.parse_args(argv)
     silence()
     report = Report("rollouts", THRESHOLDS, [SEED])

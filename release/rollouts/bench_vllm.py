@@ -24,7 +24,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_worker_niceness", "0")  # else engines yield to whatever else runs
 
-import argparse
 import asyncio
 import itertools
 import sys
@@ -42,11 +41,11 @@ from release.rollouts.bench import (
     MEMBERS,
     SEED,
     SHOW,
-    TOOLS,
     Timed,
     build_config,
     build_runner,
     make_models,
+    parser_of,
     recorded,
     replay,
     summary,
@@ -152,17 +151,7 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures every tool, and checks the threshold."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--tools", nargs="+", default=["function"], choices=list(TOOLS))
-    parser.add_argument("--groups", type=int, help=f"of {MEMBERS} trajectories, for all sizes")
-    parser.add_argument("--concurrency", type=int, default=128, help="trajectories at one time")
-    parser.add_argument("--repetitions", type=int, help="for all sizes")
-    parser.add_argument("--models", type=Path, metavar="DIR", help="keep or reuse the models here")
-    parser.add_argument("--cold-start", type=int, default=600, metavar="STEPS")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="renew the table in FILE")
-    args = parser.parse_args(argv)
+    args = parser_of(__doc__, list(RUNS), ["function"]).parse_args(argv)
     silence()
     report = Report("rollouts_vllm", THRESHOLDS, [SEED])
     with tempfile.TemporaryDirectory() as scratch:

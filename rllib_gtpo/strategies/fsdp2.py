@@ -42,6 +42,7 @@ class FSDP2(Strategy):
         """See Strategy; sharded like the module."""
         reference = build()
         self.shard(reference)
+        reference.sharding = self
         with torch.no_grad():
             for new, old in zip(reference.parameters(), module.parameters(), strict=True):
                 new.copy_(old)

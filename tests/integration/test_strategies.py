@@ -197,3 +197,26 @@ def test_deepspeed_does_not_continue_from_another_number_of_learners(adder_model
     with pytest.raises(ConfigError, match="deepspeed stage 1 on 2 learners"):
         other.restore_from_path(str(tmp_path))
     other.stop()
+
+
+@LEARNERS
+def test_the_reference_of_sliced_learners_is_the_same_and_is_saved(adder_model, uneven, tmp_path):
+    ends = []
+    for learners, strategy in ((0, {"strategy": "single"}), (2, {"strategy": "fsdp2"})):
+        setup = config(adder_model, learners, uniform_groups="drop", kl_coeff=2.0)
+        algorithm = setup.learners(num_learners=learners, **strategy).build_algo()
+        start = weights(algorithm.learner_group)
+        train(algorithm.learner_group, uneven, 3)
+        ends.append(weights(algorithm.learner_group))
+        path = str(tmp_path / strategy["strategy"])
+        algorithm.save_to_path(path)
+        kept = algorithm.learner_group.get_state()["learner"]["reference"]
+        assert kept.keys() == start.keys()
+        assert all(torch.equal(kept[k], start[k]) for k in start)
+        train(algorithm.learner_group, uneven, 1)
+        algorithm.restore_from_path(path)
+        again = algorithm.learner_group.get_state()["learner"]["reference"]
+        assert all(torch.equal(again[k], start[k]) for k in start)
+        algorithm.stop()
+    change = max((ends[0][k] - start[k]).abs().max().item() for k in start)
+    assert max((ends[0][k] - ends[1][k]).abs().max().item() for k in start) <= 0.01 * change
