@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor
 
-from rllib_gtpo.attention import PACKED_ATTENTION, why_not_packed
 from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.language_model import switch_to_packed, trained_logprobs
 from rllib_gtpo.models import load_config, load_model, max_positions
-from rllib_gtpo.ops.logprobs import selected_logprobs
-from rllib_gtpo.packing import NOT_TRAINED, TokenBatch, TokenSequence, collate
 from rllib_gtpo.strategies.base import Strategy, named_tensors
 
 LOGPROBS = "logprobs"
@@ -54,73 +51,15 @@ class LLMModule(TorchRLModule):
         return max_positions(self.model.config)
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
-        tokens: TokenBatch = batch["tokens"]
-        head = self.model.get_output_embeddings()
-        hidden_BTH = self._hidden(tokens)
-        hidden_NH = hidden_BTH.flatten(0, 1)[tokens.positions_N]
-        logprobs_N, entropy_N = selected_logprobs(
-            hidden_NH,
-            head.weight,
-            tokens.targets_N,
-            temperature=self.temperature or 1.0,
-            bias=head.bias,
-            with_entropy=True,
+        logprobs_N, entropy_N = trained_logprobs(
+            self.model, batch["tokens"], temperature=self.temperature or 1.0
         )
-        if not len(logprobs_N):  # keep the graph, so that every rank runs a backward pass
-            logprobs_N = logprobs_N + hidden_BTH.sum() * 0.0
         assert entropy_N is not None
         return {LOGPROBS: logprobs_N, ENTROPY: entropy_N}
 
-    def _hidden(self, tokens: TokenBatch) -> Tensor:
-        """The decoder's last hidden states.  Never with a cache: with one, transformers takes a
-        packed row for one sequence."""
-        packed: dict[str, Any] = {}
-        if tokens.lengths is not None:
-            packed = {
-                "position_ids": tokens.position_ids_BT,
-                "packed_lengths": tokens.lengths,
-                "packed_bounds": tokens.bounds,
-            }
-        decoder = self.model.get_decoder()
-        hidden: Tensor = decoder(
-            input_ids=tokens.input_ids_BT, use_cache=False, **packed
-        ).last_hidden_state
-        return hidden
-
     def pack(self) -> bool:
-        """Takes packed batches from now on, if the model can; says whether it can.
-
-        It can if its sequences, packed, are what each is alone.  That is tried, since nothing but
-        its own code says whether a model hands the bounds on to its attention; a difference counts
-        as none if it is small beside what one sequence that saw another would make.
-        """
-        model = self.model
-        config = model.config.get_text_config(decoder=True)
-        if not getattr(model, "_supports_attention_backend", False) or why_not_packed(config):
-            return False
-        vocabulary = self.vocab_size
-        probes = [[(7 * i + n) % vocabulary for i in range(n)] for n in (6, 11, 11, 9)]
-        sequences = [
-            TokenSequence(ids, [NOT_TRAINED] * len(ids), [0.0] * len(ids)) for ids in probes
-        ]
-        own, training = model.config._attn_implementation, model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                row = collate(sequences, range(len(probes)), packed=True).to(model.device)
-                alone = [self._hidden(collate([s], [0]).to(model.device))[0] for s in sequences]
-                seeing = self._hidden(replace(row, lengths=None))[0]
-                model.set_attn_implementation(PACKED_ATTENTION)
-                error = (self._hidden(row)[0] - torch.cat(alone)).abs().max()
-                leak = (seeing - torch.cat(alone)).abs().max()
-            packs = bool(error < leak / 4)
-        except (TypeError, ValueError, RuntimeError):
-            packs = False
-        finally:
-            model.train(training)
-        if not packs:
-            model.set_attn_implementation(own)
-        return packs
+        """Takes packed batches from now on, if the model can; says whether it can."""
+        return switch_to_packed(self.model)
 
     def get_state(
         self,

@@ -204,7 +204,8 @@ def test_importing_is_light_and_the_pure_parts_know_no_ray():
     assert loaded("rllib_gtpo", "rllib_gtpo.types", "rllib_gtpo.sandbox") == []
     pure = ("ops.advantages", "ops.losses", "ops.logprobs", "ops.returns", "packing")
     assert loaded(*(f"rllib_gtpo.{name}" for name in pure)) == ["torch"]
-    assert "ray" not in loaded("rllib_gtpo.chat", "rllib_gtpo.models", "rllib_gtpo.engines.hf")
+    knowing_torch = ("chat", "models", "engines.hf", "language_model", "strategies")
+    assert "ray" not in loaded(*(f"rllib_gtpo.{name}" for name in knowing_torch))
 
 
 def test_the_names_are_known_to_tune():
