@@ -1,16 +1,25 @@
 """Log-probabilities of selected tokens without holding [N, V].
 
-Shape suffixes: `_N` selected positions, `_H` hidden, `_V` vocabulary, `_C` one chunk of positions.
+The logits are made tile by tile: some positions, some of the vocabulary.  A tile that stays in a
+processor's cache makes that faster than all logits at once, which have to go to memory and back for
+every step of the softmax.
+
+Shape suffixes: `_N` selected positions, `_H` hidden, `_V` vocabulary, `_C` one chunk of positions,
+`_W` the part of the vocabulary in a tile, `_P` such parts.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+TILE = 2**19  # logits of a tile: 2 MiB
+TILE_ON_DEVICE = 2**26  # where a tile is to fill an accelerator: 256 MiB
 
 
 def selected_logprobs(
@@ -23,19 +32,19 @@ def selected_logprobs(
     bias: Tensor | None = None,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """log_softmax((hidden @ weight.T + bias) / temperature) at `targets`, chunk by chunk.
+    """log_softmax((hidden @ weight.T + bias) / temperature) at `targets`, tile by tile.
 
     Logits are made in the dtype of `hidden`, as the model's own head would (a weight of another
-    dtype is cast once), and normalised in float32.  Backward makes them again, so peak memory is a
-    few [chunk, V] plus the gradient of `weight`, which is summed in float32 whatever its dtype.  A
-    weight that needs no gradient costs none.  N = 0 works and backpropagates zeros.
+    dtype is cast), and normalised in float32.  Backward makes them again, so peak memory is a few
+    tiles plus the gradients, which are summed in float32 whatever their dtype.  A weight that needs
+    no gradient costs none.  N = 0 works and backpropagates zeros.
 
     Args:
         hidden: [N, H], last hidden states of the positions that predict `targets`; select before.
         weight: [V, H], the output embedding.
         targets: Int [N] in 0..V-1.
         temperature: The sampler's, above 0.
-        chunk: Positions per chunk.
+        chunk: Positions of a tile, which has as much of the vocabulary as `TILE` allows.
         bias: [V] or None.
         with_entropy: Also return the entropy of each position's distribution.  It carries a
             gradient like the log-probabilities do; backward computes it only if it is used.
@@ -74,18 +83,28 @@ class _SelectedLogprobs(torch.autograd.Function):
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        count = hidden.shape[0]
-        logprobs_N, entropy_N, lse_N = hidden.new_zeros(3, count, dtype=dtype).unbind()
-        cast_VH = weight.to(hidden.dtype)
-        for start in range(0, count, chunk):
-            rows = slice(start, start + chunk)
-            logits_CV = _logits(hidden[rows], cast_VH, bias, temperature, dtype)
-            lse_N[rows] = logits_CV.logsumexp(1)
-            picked_C = logits_CV.gather(1, targets[rows, None]).squeeze(1)
-            logprobs_N[rows] = picked_C - lse_N[rows]
-            if with_entropy:
-                logp_CV = logits_CV.sub_(lse_N[rows, None])
-                entropy_N[rows] = -(logp_CV.exp() * logp_CV).sum(1)
+        logprobs_N, entropy_N, lse_N = hidden.new_zeros(3, len(hidden), dtype=dtype).unbind()
+        for rows in _slices(len(hidden), chunk):
+            lse_P, entropy_P = [], []
+            for part in _parts(weight, hidden, chunk):
+                logits_CW = _logits(hidden[rows], weight[part], bias, part, temperature, dtype)
+                inside_C, place_C = _places(targets[rows], part)
+                picked_C = logits_CW.gather(1, place_C[:, None]).squeeze(1)
+                logprobs_N[rows] += picked_C.where(inside_C, 0.0)
+                most_C = logits_CW.amax(1)
+                logits_CW.sub_(most_C[:, None])
+                exp_CW = logits_CW.exp()
+                sum_C = exp_CW.sum(1)
+                lse_P.append(most_C + sum_C.log())
+                if with_entropy:
+                    entropy_P.append(sum_C.log() - exp_CW.mul_(logits_CW).sum(1) / sum_C)
+            lse_CP = torch.stack(lse_P, 1)
+            lse_N[rows] = lse_CP.logsumexp(1)
+            if with_entropy:  # of the parts' shares, and within each part
+                log_share_CP = lse_CP - lse_N[rows, None]
+                within_CP = torch.stack(entropy_P, 1)
+                entropy_N[rows] = (log_share_CP.exp() * (within_CP - log_share_CP)).sum(1)
+        logprobs_N -= lse_N
         ctx.save_for_backward(hidden, weight, bias, targets, lse_N, entropy_N)
         ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
         ctx.set_materialize_grads(False)
@@ -98,30 +117,35 @@ class _SelectedLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, lse_N, entropy_N = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        dhidden = torch.zeros_like(hidden) if wants_hidden else None
+        dhidden = torch.empty_like(hidden) if wants_hidden else None
         dweight = torch.zeros_like(weight, dtype=ctx.dtype) if wants_weight else None
         dbias = torch.zeros_like(bias, dtype=ctx.dtype) if wants_bias else None
-        cast_VH = weight.to(hidden.dtype)
         grad_N = torch.zeros_like(lse_N) if grad_N is None else grad_N
-        for start in range(0, hidden.shape[0], ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            logp_CV = _logits(hidden[rows], cast_VH, bias, ctx.temperature, ctx.dtype)
-            logp_CV.sub_(lse_N[rows, None])
-            dlogits_CV = logp_CV.exp()
-            if grad_entropy_N is not None:  # dH/dlogit = -p (log p + H)
-                logp_CV.add_(entropy_N[rows, None]).mul_(-grad_entropy_N[rows, None])
-                dlogits_CV.mul_(logp_CV.sub_(grad_N[rows, None]))
-            else:
-                dlogits_CV.mul_(-grad_N[rows, None])
-            dlogits_CV.scatter_add_(1, targets[rows, None], grad_N[rows, None])
-            dlogits_CV.div_(ctx.temperature)
-            if dbias is not None:
-                dbias += dlogits_CV.sum(0)
-            low_CV = dlogits_CV.to(hidden.dtype)
+        for rows in _slices(len(hidden), ctx.chunk):
+            hidden_CH, grad_C = hidden[rows], grad_N[rows]
+            dhidden_CH = torch.zeros_like(hidden_CH, dtype=ctx.dtype)
+            for part in _parts(weight, hidden, ctx.chunk):
+                logp_CW = _logits(hidden_CH, weight[part], bias, part, ctx.temperature, ctx.dtype)
+                logp_CW.sub_(lse_N[rows, None])
+                if grad_entropy_N is None:
+                    dlogits_CW = logp_CW.exp_().mul_(-grad_C[:, None])
+                else:  # dH/dlogit = -p (log p + H)
+                    dlogits_CW = logp_CW.exp()
+                    logp_CW.add_(entropy_N[rows, None]).mul_(-grad_entropy_N[rows, None])
+                    dlogits_CW.mul_(logp_CW.sub_(grad_C[:, None]))
+                inside_C, place_C = _places(targets[rows], part)
+                dlogits_CW.scatter_add_(1, place_C[:, None], (grad_C * inside_C)[:, None])
+                if ctx.temperature != 1.0:
+                    dlogits_CW.div_(ctx.temperature)
+                if dbias is not None:
+                    dbias[part] += dlogits_CW.sum(0)
+                low_CW = dlogits_CW.to(hidden.dtype)
+                if dhidden is not None:
+                    _add_product(dhidden_CH, low_CW, weight[part].to(hidden.dtype))
+                if dweight is not None:
+                    _add_product(dweight[part], low_CW.T, hidden_CH)
             if dhidden is not None:
-                dhidden[rows] = low_CV @ cast_VH
-            if dweight is not None:
-                dweight += low_CV.T @ hidden[rows]
+                dhidden[rows] = dhidden_CH
         return (
             dhidden,
             None if dweight is None else dweight.to(weight.dtype),
@@ -130,12 +154,44 @@ class _SelectedLogprobs(torch.autograd.Function):
         )
 
 
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _parts(weight_VH: Tensor, hidden_NH: Tensor, chunk: int) -> Iterator[slice]:
+    """The parts of the vocabulary of a chunk's tiles."""
+    tile = TILE if weight_VH.device.type == "cpu" else TILE_ON_DEVICE
+    return _slices(len(weight_VH), max(1, tile // max(1, min(chunk, len(hidden_NH)))))
+
+
+def _places(targets_C: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """Whether each target is in a part of the vocabulary, and where (anywhere, if it is not)."""
+    width = part.stop - part.start
+    place_C = targets_C - part.start
+    return (place_C >= 0) & (place_C < width), place_C.clamp(0, width - 1)
+
+
 def _logits(
-    hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, temperature: float, dtype: Any
+    hidden_CH: Tensor,
+    weight_WH: Tensor,
+    bias_V: Tensor | None,
+    part: slice,
+    temperature: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """[C, V] in `dtype`, a fresh tensor; without autocast, so that backward makes the same ones."""
+    """[C, W] in `dtype`, a fresh tensor; without autocast, so that backward makes the same ones."""
     with torch.autocast(hidden_CH.device.type, enabled=False):
-        logits_CV = (hidden_CH @ weight_VH.T).to(dtype)
+        logits_CW = (hidden_CH @ weight_WH.to(hidden_CH.dtype).T).to(dtype)
     if bias_V is not None:
-        logits_CV += bias_V
-    return logits_CV.div_(temperature)
+        logits_CW += bias_V[part]
+    return logits_CW if temperature == 1.0 else logits_CW.div_(temperature)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without rounding the product to the dtype of its factors before."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from rllib_gtpo.ops import logprobs as module
 from rllib_gtpo.ops.logprobs import selected_logprobs
+
+
+@pytest.fixture(params=[module.TILE, 6], ids=["one_part", "parts"], autouse=True)
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every test with the whole vocabulary in a tile, and with a part of it."""
+    monkeypatch.setattr(module, "TILE", request.param)
+    return int(request.param)
 
 
 def problem(
@@ -170,23 +178,23 @@ def test_mixed_dtypes_and_autocast_compute_in_the_dtype_of_hidden() -> None:
     torch.testing.assert_close(mixed, expected, rtol=0, atol=0.1)
 
 
-def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rllib_gtpo.ops import logprobs
+def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    seen: list[tuple[int, ...]] = []
+    real = module._logits
 
-    seen: list[int] = []
-    real = logprobs._logits
+    def spy(*args: Any) -> Tensor:
+        made = real(*args)
+        seen.append(tuple(made.shape))
+        return made
 
-    def spy(hidden: Tensor, *rest: Any) -> Tensor:
-        seen.append(len(hidden))
-        return real(hidden, *rest)
-
-    monkeypatch.setattr(logprobs, "_logits", spy)
+    monkeypatch.setattr(module, "_logits", spy)
     hidden, weight, _, targets = problem(n=10)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        got = selected_logprobs(hidden, weight, targets, chunk=4)[0]
+        got = selected_logprobs(hidden, weight, targets, chunk=3)[0]
     got.sum().backward()
-    assert seen == [4, 4, 2] * 2
+    widths = [2, 2, 2, 2, 2, 1] if tile == 6 else [11]
+    assert seen == [(rows, width) for rows in (3, 3, 3, 1) for width in widths] * 2
     assert all(t.shape != (10, 11) for t in saved)
 
 
