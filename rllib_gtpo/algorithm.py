@@ -21,13 +21,7 @@ from ray.rllib.utils.metrics import (
 )
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 
-from rllib_gtpo.cold_start import (
-    ColdStart,
-    Demonstrations,
-    call_learners,
-    load_demonstrations,
-    run_cold_start,
-)
+from rllib_gtpo.cold_start import ColdStart, Demonstrations, load_demonstrations
 from rllib_gtpo.config import GRPOConfig, GTPOConfig
 from rllib_gtpo.engines.vllm import EnginePool, EngineSettings
 from rllib_gtpo.engines.vllm.settings import SHARED_MEMORY
@@ -39,6 +33,7 @@ from rllib_gtpo.packing import shard_groups
 from rllib_gtpo.progress import Progress, RolloutProgress
 from rllib_gtpo.sampling import Sampled, Step, choose_jobs, sample_groups, sample_step
 from rllib_gtpo.strategies.checkpoint import read_shards, write_shards
+from rllib_gtpo.supervision import Supervised, call_learners, supervise
 from rllib_gtpo.text_env import as_tool_env
 
 _STATE = "gtpo"
@@ -53,7 +48,7 @@ _LEARNER_METRICS = (
 class ProgressMade:
     """What a resumed run must know besides weights and optimizer."""
 
-    cold_start_steps: int = 0
+    cold_start: Supervised = field(default_factory=Supervised)
     cold_start_done: bool = False
     next_position: int = 0  # in the endless stream of training tasks
     owed_positions: list[int] = field(default_factory=list)  # of dropped groups; they come first
@@ -64,7 +59,12 @@ class ProgressMade:
     @property
     def training_done(self) -> tuple[int, int]:
         """Changes whenever the weights do."""
-        return self.cold_start_steps, self.tokens_lifetime
+        return self.cold_start.steps, self.tokens_lifetime
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> ProgressMade:
+        """What `asdict` made."""
+        return cls(**{**state, "cold_start": Supervised(**state["cold_start"])})
 
 
 class GTPO(Algorithm):
@@ -176,6 +176,7 @@ class GTPO(Algorithm):
                 **straggler_metrics(step.dropped),
                 **staleness_metrics(step.groups, step.weights_version),
                 **step.stats.metrics(),
+                **(self.progress_made.cold_start.metrics("cold_start") if self.cold_start else {}),
                 "time/rollout_s": sampled - began,
                 "time/update_s": updated - sampled,
                 "time/sync_s": synced - updated,
@@ -306,24 +307,33 @@ class GTPO(Algorithm):
         if start is None or made.cold_start_done:
             return
 
-        def on_step(done: int) -> None:
-            made.cold_start_steps = done
-
         began = time.perf_counter()
-        try:
-            held_out = run_cold_start(
-                self, start, made.cold_start_steps, on_step, self.stop_requested
-            )
-        except Interrupted:
-            self._stop_requested = False
-            raise
+        with Progress(
+            "cold start", start.steps, start=made.cold_start.steps, enabled=self.config.progress
+        ) as bar:
+            try:
+                supervise(
+                    self.learner_group,
+                    self.load_demonstrations(start),
+                    start,
+                    made.cold_start,
+                    start.steps,
+                    progress=bar,
+                    stop=self.stop_requested,
+                )
+            except Interrupted:
+                self._stop_requested = False
+                raise
         made.cold_start_done = True
         self._demonstrations = None
         self.sync_weights()
-        curve = " ".join(f"{loss:.3f}" for loss in held_out)
+        trained = made.cold_start
+        curve = " ".join(f"{loss:.3f}" for loss in trained.losses.values())
+        best = "" if trained.best_steps is None else f", best after {trained.best_steps} steps"
         seconds = time.perf_counter() - began
         print(
-            f"cold start: {start.steps} steps in {seconds:.0f}s, held-out loss {curve}", flush=True
+            f"cold start: {trained.steps} steps in {seconds:.0f}s, held-out loss {curve}{best}",
+            flush=True,
         )
 
     def load_demonstrations(self, start: ColdStart) -> Demonstrations:
@@ -425,7 +435,7 @@ class GTPO(Algorithm):
         """See `get_state`."""
         super().set_state(state)
         if _STATE in state:
-            self.progress_made = ProgressMade(**state[_STATE])
+            self.progress_made = ProgressMade.of(state[_STATE])
         if self.engines is not None and COMPONENT_LEARNER_GROUP in state:
             self.sync_weights()
 

@@ -7,19 +7,17 @@ and deltas that rollouts are built from, and only what the assistant wrote is tr
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rllib_gtpo.chat import ChatCodec
 from rllib_gtpo.env import ToolEnv
-from rllib_gtpo.errors import ConfigError, DataError, Interrupted, did_you_mean
+from rllib_gtpo.errors import ConfigError, DataError, did_you_mean
 from rllib_gtpo.packing import NOT_TRAINED, TokenSequence
-from rllib_gtpo.progress import Progress
 from rllib_gtpo.shuffling import EndlessOrder
-from rllib_gtpo.traces import read_demonstrations
+from rllib_gtpo.trace_formats.recognise import read_demonstrations
 from rllib_gtpo.types import Message
 
 _VALIDATION = 64  # demonstrations held out for the validation loss, at most a tenth of all
@@ -30,11 +28,14 @@ class ColdStart:
     """Settings of supervised training.
 
     data: "expert" (the environment's `expert(task)` on training tasks) or a JSON-lines file of
-        {"messages": [...]}; see rllib_gtpo.traces.
+        conversations; see rllib_gtpo.traces and rllib_gtpo.trace_formats.recognise.
     steps, batch_size: optimizer steps, demonstrations per step.
     lr: peak learning rate, after `warmup` (a fraction of the steps), decaying linearly to
         `final_lr_frac`.
     demonstrations: most demonstrations to draw from the data.
+    validate_every: steps between two looks at demonstrations that were held out; None: a tenth of
+        all steps.  What follows goes on with the weights of the lowest loss on them.
+    patience: looks in a row without a lower loss after which training ends early; None: never.
     """
 
     data: str = "expert"
@@ -45,6 +46,8 @@ class ColdStart:
     final_lr_frac: float = 0.05
     grad_clip: float = 1.0
     demonstrations: int = 20_000
+    validate_every: int | None = None
+    patience: int | None = None
 
     @staticmethod
     def of(settings: dict[str, Any] | None) -> ColdStart | None:
@@ -58,7 +61,8 @@ class ColdStart:
                     f"cold_start has an unknown key {key!r}{did_you_mean(key, known)}"
                 )
         start = ColdStart(**settings)
-        for name in ("steps", "batch_size", "demonstrations"):
+        optional = [n for n in ("validate_every", "patience") if getattr(start, n) is not None]
+        for name in ("steps", "batch_size", "demonstrations", *optional):
             if not isinstance(getattr(start, name), int) or getattr(start, name) < 1:
                 raise ConfigError(f"cold_start.{name}={getattr(start, name)!r}: at least 1.")
         if not start.grad_clip > 0.0:
@@ -66,6 +70,14 @@ class ColdStart:
         if not start.lr > 0.0:
             raise ConfigError(f"cold_start.lr={start.lr!r}: must be above 0.")
         return start
+
+    def validates_after(self, step: int) -> bool:
+        """Whether held-out demonstrations are looked at after this step, counted from 0."""
+        if step + 1 == self.steps:
+            return True
+        if self.validate_every is not None:
+            return (step + 1) % self.validate_every == 0
+        return (step + 1) * 10 // self.steps > step * 10 // self.steps
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then linear decay."""
@@ -156,75 +168,3 @@ def _expert(env: ToolEnv) -> _Source:
         prompt = env.first_messages(task)
         for demonstration in env.expert(task):
             yield f"expert, task {number}", prompt, demonstration, env.tool_schemas
-
-
-def supervise(
-    learner_group: Any,
-    data: Demonstrations,
-    start: ColdStart,
-    steps: Iterable[int],
-    *,
-    after_step: Callable[[int, float], None] = lambda step, loss: None,
-    stop: Callable[[], bool] = lambda: False,
-) -> None:
-    """Runs the given steps; asks `stop` between them, and then raises Interrupted."""
-    for step in steps:
-        batch = data.batch(step, start.batch_size)
-        losses = call_learners(
-            learner_group, "supervised_step", batch, start.lr_at(step), start.grad_clip
-        )
-        after_step(step, losses[0])
-        if stop():
-            raise Interrupted(f"stopped after step {step + 1} of the cold start")
-
-
-def validation_loss(learner_group: Any, data: Demonstrations) -> float:
-    """Next-token loss on demonstrations that were held out; NaN if there are none."""
-    if not data.validation:
-        return math.nan
-    loss: float = call_learners(learner_group, "supervised_loss", data.validation)[0]
-    return loss
-
-
-def call_learners(learner_group: Any, method: str, *args: Any) -> list[Any]:
-    """Calls a method on every learner at once, and raises what any of them raised."""
-    results = learner_group.foreach_learner(lambda learner: getattr(learner, method)(*args))
-    for result in results:
-        if not result.ok:
-            raise result.get()
-    return [result.get() for result in results]
-
-
-def run_cold_start(
-    algorithm: Any,
-    start: ColdStart,
-    done: int,
-    on_step: Callable[[int], None],
-    stop: Callable[[], bool],
-) -> list[float]:
-    """The cold start of a GTPO run from step `done` on.
-
-    Returns the loss on held-out demonstrations after each tenth of the steps: flat at its end, if
-    the cold start has converged.
-    """
-    config = algorithm.config
-    data = algorithm.load_demonstrations(start)
-    held_out: list[float] = []
-    with Progress("cold start", start.steps, start=done, enabled=config.progress) as bar:
-
-        def after_step(step: int, loss: float) -> None:
-            on_step(step + 1)
-            bar.step(note=f"loss {loss:.3f}")
-            if (step + 1) * 10 // start.steps > step * 10 // start.steps:
-                held_out.append(validation_loss(algorithm.learner_group, data))
-
-        supervise(
-            algorithm.learner_group,
-            data,
-            start,
-            range(done, start.steps),
-            after_step=after_step,
-            stop=stop,
-        )
-    call_learners(algorithm.learner_group, "end_supervision")
-    return held_out

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import ray
 import torch
 import torch.distributed as dist
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -154,6 +155,21 @@ class SequenceLearner(StrategyLearner):
         sums = torch.tensor([total, sum(s.num_trained for s in mine)], dtype=torch.float64)
         total, tokens = self._sum(sums.to(self._device)).tolist()
         return total / max(tokens, 1.0)
+
+    def keep_best_weights(self) -> None:
+        """Keeps the present weights, at the first learner, in place of those kept before."""
+        self._gather_weights(self._unwrapped)
+        if self._rank == 0:
+            self.best_weights = self._unwrapped.get_state()
+
+    def publish_best_weights(self) -> Any:
+        """A reference to them, of the first learner; nothing keeps them here any longer."""
+        kept, self.best_weights = self.best_weights, None
+        return None if kept is None else ray.put(kept)
+
+    def take_weights(self, box: list[Any]) -> None:
+        """Takes whole weights; the reference to them is in a list, or ray would resolve it."""
+        self._unwrapped.set_state(ray.get(box[0]))
 
     def end_supervision(self) -> None:
         """Frees the cold start's optimizer state, and counts the weights as new."""

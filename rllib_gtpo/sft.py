@@ -12,10 +12,10 @@ from typing import Any
 from ray.rllib.algorithms.algorithm_config import NotProvided
 
 from rllib_gtpo.algorithm import GTPO
-from rllib_gtpo.cold_start import supervise, validation_loss
 from rllib_gtpo.config import GTPOConfig
 from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.progress import Progress
+from rllib_gtpo.supervision import supervise, validation_loss
 
 
 class SFTConfig(GTPOConfig):
@@ -56,34 +56,27 @@ class SFT(GTPO):
         return SFTConfig()
 
     def training_step(self) -> None:
-        """The next `steps_per_iteration` steps; the last iteration is shorter."""
+        """The next `steps_per_iteration` steps; the last iteration is shorter.
+
+        Its `sft/validation_loss` is of the weights as they are then; when training has finished,
+        at the last step or out of patience, they are those of the lowest loss.
+        """
         start = self.cold_start
         assert start is not None
         data = self.load_demonstrations(start)
-        done = self.progress_made.cold_start_steps
-        end = min(done + self.config.steps_per_iteration, start.steps)
-        losses: list[float] = []
+        made = self.progress_made.cold_start
+        end = min(made.steps + self.config.steps_per_iteration, start.steps)
         began = time.perf_counter()
-        with Progress("supervised", end - done, enabled=self.config.progress) as bar:
-
-            def after_step(step: int, loss: float) -> None:
-                losses.append(loss)
-                self.progress_made.cold_start_steps = step + 1
-                bar.step(note=f"loss {loss:.3f}")
-
-            supervise(
-                self.learner_group,
-                data,
-                start,
-                range(done, end),
-                after_step=after_step,
-                stop=self.stop_requested,
+        with Progress("supervised", end - made.steps, enabled=self.config.progress) as bar:
+            losses = supervise(
+                self.learner_group, data, start, made, end, progress=bar, stop=self.stop_requested
             )
         self.log_metrics(
             {
+                **made.metrics("sft"),
                 "sft/loss": sum(losses) / len(losses) if losses else float("nan"),
                 "sft/validation_loss": validation_loss(self.learner_group, data),
-                "sft/steps": float(end),
+                "sft/finished": float(made.finished(start)),
                 "time/update_s": time.perf_counter() - began,
             }
         )
@@ -99,5 +92,6 @@ class SFT(GTPO):
         return (
             f"iter {result['training_iteration']:3d}  step {sft['steps']:.0f}  loss "
             f"{sft['loss']:.4f}  "
-            f"validation {sft['validation_loss']:.4f}  {result['time']['update_s']:.1f}s"
+            f"validation {sft['validation_loss']:.4f} (best {sft['best_validation_loss']:.4f}, "
+            f"step {sft['best_steps']:.0f})  {result['time']['update_s']:.1f}s"
         )

@@ -35,6 +35,7 @@ class StrategyLearner(TorchLearner):
         self._strategy: Strategy = self.config.build_strategy()
         self._packed = False  # whether the model takes sequences without padding
         self._reference: Any = None
+        self.best_weights: dict[str, Tensor] | None = None  # of a cold start, at the first learner
         self._sender: DeviceSender | None = None  # of weights to engines, if they go that way
 
     # RLlib's hooks.
@@ -95,7 +96,7 @@ class StrategyLearner(TorchLearner):
     def get_state(
         self, components: Any = None, *, not_components: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """RLlib's state, plus random state and, if there is one, the reference model.
+        """RLlib's state, plus random state, and reference and best weights if there are any.
 
         Of a sharded model the first learner has the whole weights; see `save_shards` for the rest.
         """
@@ -107,12 +108,16 @@ class StrategyLearner(TorchLearner):
             state["torch_rng"] = torch.get_rng_state()
             if self._reference is not None:
                 state["reference"] = self._reference.get_state()
+            if self.best_weights is not None:
+                state["best_weights"] = self.best_weights
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """See `get_state`; learners other than the first continue with a generator of their own."""
         super().set_state(state)
         self._gather_weights(self._unwrapped)
+        if self._rank == 0:
+            self.best_weights = state.get("best_weights")
         if "torch_rng" in state:
             torch.set_rng_state(state["torch_rng"])
             if self._rank:

@@ -15,15 +15,15 @@ Besides `messages` a row may have
     task    a row of the environment; its prompt goes before messages that begin with the assistant.
 Other keys are for people.  An assistant message without `tool_calls` is taken as it is written.
 Tool messages answer calls in the order of the calls, or by `tool_call_id` where all have one.
+rllib_gtpo.trace_formats.recognise makes such rows of others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rllib_gtpo.chat import CallFormat
@@ -59,25 +59,6 @@ class _Said:
     text: str
     calls: _Calls = field(default_factory=list)
     answers: list[Message] = field(default_factory=list)
-
-
-def read_demonstrations(
-    path: Path, env: ToolEnv, call_format: CallFormat
-) -> Iterator[tuple[str, list[Message], list[Message], Tools]]:
-    """The demonstrations of a JSON-lines file, each with its place; errors name file and row."""
-    if not path.is_file():
-        raise DataError(f"cold_start.data={str(path)!r}: no such file (or write 'expert').")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, row {number}"
-            try:
-                yield where, *to_demonstration(json.loads(line), call_format, env)
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from error
-            except ValueError as error:
-                raise DataError(f"{where}: not JSON: {error}. {_FORM}; {_CONVERT}.") from error
 
 
 def to_demonstration(
@@ -149,6 +130,8 @@ def _read(messages: Sequence[Any]) -> list[_Said]:
             one.calls = [_call(call, number) for call in calls]
             if message.get("function_call"):
                 raise UnusableRow("function_call is OpenAI's old form: use tool_calls.", number)
+            if message.get("weight", 1) != 1:
+                raise UnusableRow("has a weight, but all that it says is trained.", number)
             if not one.calls and not one.text.strip():
                 raise UnusableRow("is empty: give it content or tool_calls.", number)
         said.append(one)

@@ -13,6 +13,7 @@ from rllib_gtpo.cold_start import ColdStart, load_demonstrations
 from rllib_gtpo.errors import DataError
 from rllib_gtpo.models import build_tokenizer
 from rllib_gtpo.packing import NOT_TRAINED
+from rllib_gtpo.trace_formats.recognise import as_messages
 from rllib_gtpo.traces import UnusableRow, to_demonstration
 from tests.junk import with_junk
 
@@ -298,6 +299,74 @@ def test_what_fenced_calls_cannot_say_is_refused(arguments):
     with pytest.raises(UnusableRow, match="or use call_format='hermes'"):
         shown(row, "fenced")
     assert shown(row)[1]
+
+
+ASKED = [user("1+1"), assistant("2")]
+FORMS = [
+    {"conversations": [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"}]},
+    {"messages": [{"from": "user", "value": "1+1"}, {"from": "assistant", "value": "2"}]},
+    {"conversations": ASKED},
+    {"prompt": "1+1", "completion": "2"},
+    {"prompt": ASKED[:1], "completion": ASKED[1:]},
+    {"prompt": "1+1", "response": "2"},
+    {"instruction": "1+1", "output": "2", "input": ""},
+]
+
+
+@pytest.mark.parametrize("row", FORMS, ids=lambda row: "-".join(row))
+def test_rows_of_other_forms_are_taken_for_what_they_mean(row):
+    prompt, said, _ = to_demonstration(as_messages(row), call_format("hermes"))
+    assert (prompt, said) == (ASKED[:1], ASKED[1:])
+
+
+def test_what_stands_beside_a_prompt_counts():
+    tools = Power().tool_schemas
+    row = {
+        "prompt": "1+1",
+        "completion": [assistant("", call("print(2**5)")), tool("32"), assistant("32")],
+        "system": "Use Python.",
+        "tools": json.dumps(tools),
+    }
+    prompt, said, shown_tools = to_demonstration(as_messages(row), call_format("hermes"))
+    assert prompt == [{"role": "system", "content": "Use Python."}, user("1+1")]
+    assert said[0]["content"] == CALLS["hermes"] % "print(2**5)" and shown_tools == tools
+    row = {"instruction": "Add.", "input": "1+1", "output": "2"}
+    assert to_demonstration(as_messages(row), call_format("hermes"))[0] == [user("Add.\n\n1+1")]
+
+
+UNKNOWN = [
+    (
+        {"text": "<|im_start|>user"},
+        "one text, .*: expected messages",
+    ),
+    ({"prompt": "x", "chosen": "a", "rejected": "b"}, "compares two answers"),
+    ({"a": 1, "b": 2}, "has 'a', 'b': expected messages, conversations"),
+    ({"prompt": "x"}, "has 'prompt': expected"),
+    ([1], "no object with messages"),
+    ({"conversations": [{"from": "narrator", "value": "x"}]}, "unknown speaker 'narrator'"),
+    ({"conversations": [{"from": "human"}, {"from": ["x"]}]}, "not as ShareGPT writes it"),
+    ({**ROW, "tools": "["}, "tools is not JSON"),
+    ({"messages": [user("?"), assistant("x") | {"weight": 0}]}, "message 2: has a weight"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), UNKNOWN, ids=lambda value: str(value)[:40])
+def test_what_is_of_no_known_form_is_refused(tmp_path, row, message):
+    path = tmp_path / "demos.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + json.dumps(row))
+    with pytest.raises(DataError, match=f"row 2: .*{message}"):
+        load_demonstrations(ColdStart(data=str(path)), Power(), codec("hermes"), 0, 10_000)
+
+
+def test_whatever_stands_in_the_place_of_other_forms_is_used_or_refused():
+    refused = 0
+    for form in FORMS:
+        for row in with_junk({**form, "system": "s", "tools": "[]"}):
+            try:
+                shown(as_messages(row))
+            except UnusableRow:
+                refused += 1
+    assert refused > 200
 
 
 class TestFiles:

@@ -10,9 +10,10 @@ import torch
 
 from rllib_gtpo import GTPOConfig, SFTConfig
 from rllib_gtpo.cold_start import ColdStart, Demonstrations, load_demonstrations
-from rllib_gtpo.errors import DataError, Interrupted
+from rllib_gtpo.errors import ConfigError, DataError, Interrupted
 from rllib_gtpo.models import build_tokenizer
-from rllib_gtpo.packing import TokenSequence
+from rllib_gtpo.packing import NOT_TRAINED, TokenSequence
+from rllib_gtpo.supervision import validation_loss
 from tests.tasks import MARKUP, Adder
 
 
@@ -62,7 +63,7 @@ class TestRuns:
 
         resumed = config().build_algo()
         resumed.restore_from_path(path)
-        assert resumed.progress_made.cold_start_steps == 5
+        assert resumed.progress_made.cold_start.steps == 5
         resumed.run_cold_start_once()
         assert same(weights(whole), weights(resumed))
         assert not same(weights(whole), weights(stopped))
@@ -103,6 +104,103 @@ class TestRuns:
         assert apart <= 0.01 * change
         for algorithm in (one, two):
             algorithm.stop()
+
+
+class TestBestWeights:
+    """What follows a cold start goes on with the weights of the lowest held-out loss."""
+
+    def spoiled(self, **cold_start):
+        """Steps so large, from the sixth on, that the loss rises."""
+        made = config(steps=10, validate_every=1, lr=3e-3, **cold_start).build_algo()
+        learner = made.learner_group._learner
+        losses, states = [], []
+        step, loss = learner.supervised_step, learner.supervised_loss
+
+        def supervised_step(batch, lr, grad_clip):
+            done = made.progress_made.cold_start.steps
+            return step(batch, 1.0 if done >= 5 else lr, grad_clip)
+
+        def supervised_loss(sequences):
+            losses.append(loss(sequences))
+            states.append(weights(made))
+            return losses[-1]
+
+        learner.supervised_step, learner.supervised_loss = supervised_step, supervised_loss
+        return made, losses, states
+
+    def test_they_are_put_back(self, ray_session):
+        made, losses, states = self.spoiled()
+        made.run_cold_start_once()
+        best = min(range(10), key=losses.__getitem__)
+        assert best == 4 and losses[-1] > 2 * losses[best]
+        assert same(weights(made), states[best])
+        assert same(made.env_runner.module.get_state(), states[best])
+        result = made.train()["cold_start"]
+        assert (result["best_steps"], result["steps"]) == (5, 10)
+        assert result["best_validation_loss"] == losses[best]
+        assert result["validation_loss"] == losses[-1]
+        assert made.learner_group._learner.best_weights is None  # nothing holds them any longer
+        made.stop()
+
+    def test_patience_ends_it_early(self, ray_session):
+        made, losses, states = self.spoiled(patience=2)
+        made.run_cold_start_once()
+        assert len(losses) == 7 and made.progress_made.cold_start.steps == 7
+        assert same(weights(made), states[4])
+        made.stop()
+
+    def test_they_are_in_a_checkpoint(self, ray_session, tmp_path):
+        stopped, _, states = self.spoiled()
+        loss, looks = stopped.learner_group._learner.supervised_loss, []
+
+        def ask_after_seven(sequences):
+            looks.append(1)
+            if len(looks) == 7:
+                stopped.request_stop()
+            return loss(sequences)
+
+        stopped.learner_group._learner.supervised_loss = ask_after_seven
+        with pytest.raises(Interrupted, match="after step 7"):
+            stopped.run_cold_start_once()
+        path = stopped.save_to_path(str(tmp_path / "checkpoint"))
+        resumed, *_ = self.spoiled()
+        resumed.restore_from_path(path)
+        resumed.run_cold_start_once()
+        assert len(resumed.progress_made.cold_start.losses) == 10
+        assert same(weights(resumed), states[4])
+        for algorithm in (stopped, resumed):
+            algorithm.stop()
+
+    @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+    def test_two_learners_measure_and_keep_the_same(self, ray_session, strategy):
+        """The loss is one mean over the held-out demonstrations of all learners."""
+        one = config(steps=4, validate_every=2).build_algo()
+        two = config(steps=4, validate_every=2).learners(num_learners=2, strategy=strategy)
+        two = two.build_algo()
+        for algorithm in (one, two):
+            algorithm.run_cold_start_once()
+        first, second = (a.progress_made.cold_start for a in (one, two))
+        assert list(first.losses) == list(second.losses) == [2, 4]
+        assert list(second.losses.values()) == pytest.approx(list(first.losses.values()), rel=1e-4)
+        assert first.best_steps == second.best_steps == 4
+        for algorithm in (one, two):
+            algorithm.stop()
+
+    def test_the_loss_is_the_mean_over_what_the_assistant_wrote(self, ray_session):
+        made = config().build_algo()
+        data = made.load_demonstrations(made.cold_start)
+        learner = made.learner_group._learner
+        total, tokens = 0.0, 0
+        for demo in data.validation:
+            ids = torch.tensor([demo.token_ids])
+            with torch.no_grad():
+                logprobs = learner._unwrapped.model(ids).logits[0].log_softmax(-1)
+            for place, turn in enumerate(demo.turns):
+                if turn != NOT_TRAINED:
+                    total -= float(logprobs[place - 1, demo.token_ids[place]])
+                    tokens += 1
+        assert validation_loss(made.learner_group, data) == pytest.approx(total / tokens, rel=1e-5)
+        made.stop()
 
 
 class TestData:
@@ -178,3 +276,9 @@ def test_the_learning_rate_warms_up_and_decays():
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
     assert rates[10] == pytest.approx(1.0) and rates[99] == pytest.approx(0.1, abs=0.02)
     assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize("name", ["validate_every", "patience"])
+def test_settings_of_validation_are_checked(name):
+    with pytest.raises(ConfigError, match=f"cold_start.{name}=0: at least 1"):
+        ColdStart.of({name: 0})
