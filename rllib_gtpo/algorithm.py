@@ -31,6 +31,8 @@ from rllib_gtpo.group_rollout import GroupJob
 from rllib_gtpo.metrics import rollout_metrics, staleness_metrics, straggler_metrics
 from rllib_gtpo.packing import shard_groups
 from rllib_gtpo.progress import Progress, RolloutProgress
+from rllib_gtpo.record.location import Location
+from rllib_gtpo.record.recorder import Recorder
 from rllib_gtpo.sampling import Sampled, Step, choose_jobs, sample_groups, sample_step
 from rllib_gtpo.strategies.checkpoint import read_shards, write_shards
 from rllib_gtpo.supervision import Supervised, call_learners, supervise
@@ -85,6 +87,8 @@ class GTPO(Algorithm):
         self._credit_rule = config.build_credit_rule()
         self._evaluated: tuple[tuple[int, int], float] | None = None  # training done, accuracy
         self.engines: EnginePool | None = None  # of vLLM
+        self.run_directory: str | None = None  # of `rllib train`, instead of RLlib's own
+        self._recorder = Recorder.of(config)
         if config.engine != "vllm":
             super().setup(config)
             return
@@ -118,6 +122,8 @@ class GTPO(Algorithm):
     def cleanup(self) -> None:
         """RLlib's, and the engines."""
         super().cleanup()
+        if self._recorder is not None:
+            self._recorder.close()
         self._stop_engines()
 
     @classmethod
@@ -160,6 +166,7 @@ class GTPO(Algorithm):
         updated = time.perf_counter()
         self.sync_weights()
         synced = time.perf_counter()
+        recorded = self._record(step)
         trajectories = [t for g in step.groups for t in g.trajectories] + step.left_out
         tokens = sum(t.num_trained_tokens for t in trajectories)
         self.progress_made.tokens_lifetime += tokens
@@ -177,6 +184,7 @@ class GTPO(Algorithm):
                 **staleness_metrics(step.groups, step.weights_version),
                 **step.stats.metrics(),
                 **(self.progress_made.cold_start.metrics("cold_start") if self.cold_start else {}),
+                **recorded,
                 "time/rollout_s": sampled - began,
                 "time/update_s": updated - sampled,
                 "time/sync_s": synced - updated,
@@ -245,6 +253,20 @@ class GTPO(Algorithm):
                 bar.step(updates)
         self.metrics.aggregate(results, key=LEARNER_RESULTS)
         self._log_learner_metrics()
+
+    def _record(self, step: Step) -> dict[str, float]:
+        """Keeps a share of the groups with what the learners made of them."""
+        if self._recorder is None:
+            return {}
+        ask = partial(call_learners, self.learner_group, "learned_credit")
+        return self._recorder.record(self._home(), step, self.iteration + 1, ask)
+
+    def _home(self) -> Location:
+        """The run's directory: of `rllib train`, of Tune, or RLlib's own."""
+        if self.run_directory is None and self._storage:
+            path = self._storage.trial_fs_path
+            return Location(self._storage.storage_filesystem, path, path)
+        return Location.of(self.run_directory or self.logdir)
 
     def _shards(self, step: Step) -> list[list[Any]]:
         """Balanced by the tokens that are trained on; no learner is left without a group."""
@@ -441,6 +463,8 @@ class GTPO(Algorithm):
 
     def save_to_path(self, path: Any = None, *, filesystem: Any = None, **kwargs: Any) -> str:
         """RLlib's; and, if learners hold only parts, the part of each."""
+        if self._recorder is not None:
+            self._recorder.flush()
         saved: str = super().save_to_path(path, filesystem=filesystem, **kwargs)
         if self.config.build_strategy().sharded:
             shards = call_learners(self.learner_group, "save_shards")

@@ -14,6 +14,7 @@ from rllib_gtpo.engines.vllm import check_vllm
 from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.ops.advantages import ESTIMATORS
 from rllib_gtpo.ops.losses import Objective
+from rllib_gtpo.record.settings import RecordSettings
 from rllib_gtpo.rewards.embedders import build_embedder
 from rllib_gtpo.rewards.shaping import INPUTS, MODES, ON_FAILURE
 from rllib_gtpo.tools.shipping import refuse_unserialisable
@@ -60,6 +61,7 @@ def check(config: GTPOConfig) -> None:
     _without_effect(config)
     refuse_unserialisable(config.env, config.env_config or {})
     config.build_objective()
+    RecordSettings.of(config.record)
 
 
 def _numbers(config: GTPOConfig) -> None:

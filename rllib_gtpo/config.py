@@ -15,6 +15,7 @@ from rllib_gtpo.engines.base import RolloutEngine
 from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.models import TINY_QWEN2, load_tokenizer
 from rllib_gtpo.ops.losses import Objective
+from rllib_gtpo.record.settings import DEFAULT_SHARE, RecordSettings
 from rllib_gtpo.rewards.embedders import build_embedder
 from rllib_gtpo.rewards.overlong import OverlongPenalty
 from rllib_gtpo.rewards.rubric import Rubric
@@ -103,6 +104,7 @@ class GTPOConfig(AlgorithmConfig):
         self.evaluation_temperature = 1.0
         # reporting, debugging
         self.progress = True
+        self.record: str | float | dict[str, Any] = DEFAULT_SHARE
         self.deterministic = False
         self._rllib_defaults()
 
@@ -352,10 +354,24 @@ class GTPOConfig(AlgorithmConfig):
         super().evaluation(**kwargs)
         return self._set(**{f"evaluation_{name}": value for name, value in own.items()})
 
-    def reporting(self, *, progress: bool = NotProvided, **kwargs: Any) -> GTPOConfig:
-        """RLlib's reporting settings, and whether to draw progress bars."""
+    def reporting(
+        self,
+        *,
+        progress: bool = NotProvided,
+        record: str | float | dict[str, Any] = NotProvided,
+        **kwargs: Any,
+    ) -> GTPOConfig:
+        """RLlib's reporting settings, and what a run says of itself.
+
+        Args:
+            progress: Whether to draw progress bars.
+            record: Which share of each iteration's groups is recorded with all that was sampled and
+                learned, 0 to 1, or "none"; or {"share": 0.25, "path": "s3://bucket/records"} for
+                a place other than the run's directory.  See docs/record.md.
+            **kwargs: RLlib's.
+        """
         super().reporting(**kwargs)
-        return self._set(progress=progress)
+        return self._set(progress=progress, record=record)
 
     def debugging(self, *, deterministic: bool = NotProvided, **kwargs: Any) -> GTPOConfig:
         """RLlib's `seed` and more.
@@ -413,8 +429,17 @@ class GTPOConfig(AlgorithmConfig):
 
     def build_codec(self) -> ChatCodec:
         """Tokenizer, template and call format."""
+        return ChatCodec(self.load_tokenizer(), self.call_format)
+
+    def load_tokenizer(self) -> Any:
+        """The policy's tokenizer with its template."""
         source = self.tokenizer if self.tokenizer is not None else self.language_model_source
-        return ChatCodec(load_tokenizer(source, chat_template=self.chat_template), self.call_format)
+        return load_tokenizer(source, chat_template=self.chat_template)
+
+    @property
+    def record_settings(self) -> RecordSettings:
+        """What `record` says."""
+        return RecordSettings.of(self.record)
 
     def build_strategy(self) -> Strategy:
         """How the model is spread over learners."""

@@ -6,7 +6,7 @@ are RLlib's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from rllib_gtpo.ops.advantages import TurnCredit
 from rllib_gtpo.ops.diagnostics import finish_diagnostics
 from rllib_gtpo.ops.losses import Objective, normaliser, objective_sum
 from rllib_gtpo.packing import NOT_TRAINED, TokenBatch, TokenSequence
+from rllib_gtpo.record.credit import LearnedCredit, TokenTrace
 from rllib_gtpo.rl_module import ENTROPY, LOGPROBS
 from rllib_gtpo.sequence_learner import LossFunction, Output, SequenceLearner
 from rllib_gtpo.strategy_learner import POLICY
@@ -51,6 +52,7 @@ class GTPOLearner(SequenceLearner):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.last_batch: TrainedBatch | None = None
+        self._trace: TokenTrace | None = None  # of the last update, if it is to be recorded
         self._objective: Objective = self.config.build_objective()
         self._step_metrics: tuple[str, ...] = (
             _NOTHING_TRAINED  # their names stay when there is nothing to train on
@@ -75,6 +77,7 @@ class GTPOLearner(SequenceLearner):
             metrics=self.metrics,
         )
         self.last_batch = TrainedBatch(batch[GROUPS], batch[TRAJECTORIES], batch[CREDIT])
+        self._trace = TokenTrace() if self.config.record_settings.share else None
         if self._objective.kl_coeff and self._reference is None:
             self._make_reference()
         progress = kwargs.get("on_step") or (lambda done, total: None)
@@ -83,6 +86,13 @@ class GTPOLearner(SequenceLearner):
         self._gather_weights(self._unwrapped)
         self.after_gradient_based_update(timesteps=timesteps or {})
         return self.metrics.reduce()
+
+    def learned_credit(self, group_ids: Sequence[int]) -> list[LearnedCredit]:
+        """What the last update did with the trajectories of some groups, to be recorded."""
+        if self.last_batch is None or self._trace is None:
+            return []
+        credit, trajectories = self.last_batch.credit, self.last_batch.trajectories
+        return self._trace.learned_credit(self._objective, credit, trajectories, set(group_ids))
 
     def _credit_report(self, batch: dict[str, Any]) -> dict[str, float]:
         """What the step's credit looks like, over all learners."""
@@ -148,6 +158,9 @@ class GTPOLearner(SequenceLearner):
 
         def loss(batch: TokenBatch, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
             turns = batch.turns_N
+            anchor = None if anchors is None else _gather(anchors, batch)
+            if self._trace is not None:
+                self._trace.add(batch, output[LOGPROBS], anchor)
             reference = None
             if self._objective.kl_coeff:
                 assert self._reference is not None
@@ -162,7 +175,7 @@ class GTPOLearner(SequenceLearner):
                 advantages=advantages[turns],
                 turn=turns,
                 trajectory=batch.sequences_N,
-                anchor_logprobs=None if anchors is None else _gather(anchors, batch),
+                anchor_logprobs=anchor,
                 ref_logprobs=reference,
                 entropy=output[ENTROPY],
             )

@@ -56,6 +56,7 @@ class Rollout:
         self._stats = stats
         self._context: list[int] = []
         self._prompt_ids: list[int] = []  # what the newest observation added to the context
+        self._asked_at = 0.0  # when the newest completion was asked for
 
     def open(self) -> str | None:
         """Makes and resets the environment; returns why the task cannot be rolled out at all, if
@@ -111,6 +112,7 @@ class Rollout:
             )
         key = (*self._key, len(self.episode))
         request = Request(self.episode.id_, self._context, sampling, key)
+        self._asked_at = time.perf_counter()
         for attempt in range(1, ENGINE_ATTEMPTS + 1):
             try:
                 with _own_cancellation("the engine cancelled a request"):
@@ -126,9 +128,11 @@ class Rollout:
 
     async def take(self, completion: Completion) -> None:
         """One turn: parse, step the environment, record."""
+        seconds = time.perf_counter() - self._asked_at
         try:
             with self._overhead():
                 turn = self._to_turn(completion)
+                turn.seconds = seconds
                 self._context += completion.token_ids
         except Exception as error:
             self._fail(StopReason.ENV_ERROR, error)

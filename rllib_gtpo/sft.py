@@ -15,6 +15,7 @@ from rllib_gtpo.algorithm import GTPO
 from rllib_gtpo.config import GTPOConfig
 from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.progress import Progress
+from rllib_gtpo.record.settings import NONE
 from rllib_gtpo.supervision import supervise, validation_loss
 
 
@@ -26,6 +27,7 @@ class SFTConfig(GTPOConfig):
     def __init__(self, algo_class: Any = None) -> None:
         super().__init__(algo_class)
         self.cold_start = {}
+        self.record = NONE  # there are no rollouts
         self.steps_per_iteration = 50
 
     @classmethod
@@ -43,6 +45,8 @@ class SFTConfig(GTPOConfig):
         super().validate()
         if self.cold_start is None:
             raise ConfigError("SFT needs language_model(cold_start={...}).")
+        if self.record != NONE:
+            raise ConfigError("record has no effect with SFT, which samples nothing: leave it out.")
         if self.steps_per_iteration < 1:
             raise ConfigError(f"steps_per_iteration={self.steps_per_iteration}: at least 1.")
 

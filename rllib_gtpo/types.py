@@ -117,6 +117,7 @@ class Turn:
     calls: list[ToolCall] = field(default_factory=list)
     results: list[ToolResult] = field(default_factory=list)
     rewards: dict[str, float] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)  # from the request to its completion
 
     @property
     def reward(self) -> float:
@@ -143,6 +144,8 @@ class Trajectory:
     answer: str | None = None  # None if the trajectory was truncated
     correct: bool = False
     error: str = ""  # message of the exception behind ENV_ERROR
+    similarities: dict[int, float] = field(default_factory=dict)
+    """Of what shaping compares, to each correct sibling's, by member; empty if not shaped."""
 
     @property
     def truncated(self) -> bool:

@@ -3,6 +3,7 @@
 An algorithm may define these hooks; all are optional:
     on_run_start() -> bool         called before the iterations, also of a resumed run; whether
                                    it did work that should be saved
+    run_directory                  set to the directory before anything else
     on_run_end()                   called after the last iteration, unless interrupted
     request_stop()                 leave train() or a hook soon, by raising errors.Interrupted
     summary_line(result) -> str    the line printed for an iteration
@@ -93,6 +94,8 @@ class Trial:
     def _build(self, checkpoint: Checkpoint | None) -> None:
         with _logdir(self.run.path), nullcontext() if self.options.debug else building():
             self.algo = self.experiment.config.build_algo()
+        if hasattr(self.algo, "run_directory"):
+            self.algo.run_directory = str(self.run.path.absolute())
         iteration = 0
         if checkpoint is not None:
             for moved in self.run.clean(checkpoint):

@@ -216,18 +216,47 @@ def clipped_surrogate(
     ratio_T = _exp(log_ratio_T)
     clipped_T = ratio_T.clamp(1.0 - objective.clip_low, 1.0 + objective.clip_high)
     loss_T = torch.maximum(-ratio_T * advantages_T, -clipped_T * advantages_T)
+    stopped = _stopped(objective, ratio_T, advantages_T)
     metrics = {
-        "clip/low_frac": ((ratio_T < clipped_T) & (advantages_T < 0)).sum(),
-        "clip/high_frac": ((ratio_T > clipped_T) & (advantages_T > 0)).sum(),
+        **{f"clip/{name}_frac": stopped_T.sum() for name, stopped_T in stopped.items()},
         "ratio/mean": ratio_T.sum(),
         "ratio/max_abs_log": _max_abs(log_ratio_T),
     }
     if objective.dual_clip is not None:
-        bound_T = -objective.dual_clip * advantages_T
-        stopped_T = (advantages_T < 0) & (loss_T > bound_T)
-        loss_T = torch.where(stopped_T, bound_T, loss_T)
-        metrics["clip/dual_frac"] = stopped_T.sum()
+        loss_T = torch.where(stopped["dual"], -objective.dual_clip * advantages_T, loss_T)
     return loss_T, metrics
+
+
+def token_ratios(
+    objective: Objective,
+    *,
+    learner_logprobs: Tensor,
+    anchor_logprobs: Tensor,
+    advantages: Tensor,
+    turn: Tensor,
+    trajectory: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The ratio [T] of each token as the objective takes it, and whether a clip stops its gradient.
+
+    Args: See `objective_sum`.
+    """
+    gap_T = learner_logprobs - anchor_logprobs
+    ratio_T = _exp(_pooled(gap_T, objective.ratio_level, turn, trajectory, mean=True))
+    stopped = torch.stack(list(_stopped(objective, ratio_T, advantages).values()))
+    return ratio_T, stopped.any(0)
+
+
+def _stopped(objective: Objective, ratio_T: Tensor, advantages_T: Tensor) -> dict[str, Tensor]:
+    """Which tokens' gradient is taken away, by the clip that does it."""
+    clipped_T = ratio_T.clamp(1.0 - objective.clip_low, 1.0 + objective.clip_high)
+    stopped = {
+        "low": (ratio_T < clipped_T) & (advantages_T < 0),
+        "high": (ratio_T > clipped_T) & (advantages_T > 0),
+    }
+    if objective.dual_clip is not None:
+        loss_T = torch.maximum(-ratio_T * advantages_T, -clipped_T * advantages_T)
+        stopped["dual"] = (advantages_T < 0) & (loss_T > -objective.dual_clip * advantages_T)
+    return stopped
 
 
 def kl_penalty(kind: KL, learner_T: Tensor, ref_T: Tensor) -> Tensor:

@@ -100,24 +100,25 @@ class Shaping:
     def _score(
         self, group: Group, failed: dict[int, str], correct: list[str], embedded: dict[str, Any]
     ) -> None:
-        values = self._values(
-            [embedded.get(text) for text in failed.values()],
-            [embedded.get(text) for text in correct],
-            seed=group.id,
-        )
+        texts = list(failed.values())
+        models = [embedded.get(text) for text in correct]
+        similarity = np.array([[_cosine(embedded.get(f), m) for m in models] for f in texts])
+        values = self._values(similarity, [embedded.get(f) is not None for f in texts], group.id)
         bonus = dict(zip(failed, values, strict=True))
+        siblings = [t.member for t in group.trajectories if t.correct]
+        compared = dict(zip(failed, similarity.tolist(), strict=True))
         for index, trajectory in enumerate(group.trajectories):
+            trajectory.similarities = dict(zip(siblings, compared.get(index, ()), strict=False))
             if trajectory.turns:
                 component = {SHAPING: self.alpha * bonus.get(index, 0.0)}
                 merge_components(trajectory.turns[-1].rewards, component, SHAPING)
 
-    def _values(self, failed: list[Any], models: list[Any], seed: int) -> list[float]:
-        """What each failed member gets; None stands for one that wrote nothing."""
-        similarity = np.array([[_cosine(f, m) for m in models] for f in failed])
+    def _values(self, similarity: Any, wrote_any: list[bool], seed: int) -> list[float]:
+        """What each failed member gets: of its similarities, and of whether it wrote anything."""
         if not similarity.size:
             return []
         values = similarity.max(axis=1) if self.mode == "max" else similarity.mean(axis=1)
-        wrote = [index for index, vector in enumerate(failed) if vector is not None]
+        wrote = [index for index, any_text in enumerate(wrote_any) if any_text]
         if self.mode == "constant" and wrote:
             values[wrote] = values[wrote].mean()
         if self.mode == "shuffled":
