@@ -140,7 +140,7 @@ class Batch:
         self._active += [f.call for f in fresh]
         if not self._active:
             return
-        with self._runner.inference():
+        with self._runner.inference(len(running) + sum(len(f.new) for f in fresh)):
             self._cache.reserve(
                 len(self._active),
                 columns=max(len(call.ids) for call in self._active),

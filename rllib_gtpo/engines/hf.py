@@ -11,6 +11,8 @@ stays after its turn, so that the next turn computes only what is new.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from dataclasses import replace
 
 from transformers import PreTrainedModel
@@ -25,6 +27,7 @@ from rllib_gtpo.types import Completion
 __all__ = ["EngineStats", "HFEngine"]
 
 _SETTLE = 16  # turns of the loop that a trajectory gets to come back with its next request
+_PATIENCE = 0.15  # of the time of a step, for those whose tools run in other processes
 
 
 class HFEngine:
@@ -68,6 +71,7 @@ class HFEngine:
         self._vocab_size = model.get_input_embeddings().weight.shape[0]
         self._batch = Batch(model, max_context, max_batch, cache_tokens, prefill_tokens)
         self._task: asyncio.Task[None] | None = None
+        self._all_back = asyncio.Event()  # of those that completed in the last step
         self._closed = False
 
     async def generate(self, request: Request) -> Completion:
@@ -97,6 +101,7 @@ class HFEngine:
             future=loop.create_future(),
         )
         self._batch.submit(call)
+        self._heard()
         if self._task is None:
             self._task = loop.create_task(self._run())
         return await call.future
@@ -104,6 +109,7 @@ class HFEngine:
     def release(self, trajectory: str) -> None:
         """Forgets a trajectory; a call of it that is pending still completes."""
         self._batch.release(trajectory)
+        self._heard()
 
     def weights_updated(self, version: int) -> None:
         """Drops all caches; running completions go on, their tokens prefilled again."""
@@ -143,11 +149,12 @@ class HFEngine:
         """Steps until nothing is pending."""
         try:
             while self._batch.calls:
+                began = time.perf_counter()
                 try:
                     self._batch.step()
                 except Exception as error:
                     self._fail(f"a step failed: {type(error).__name__}: {error}", error)
-                await self._settle()
+                await self._settle(_PATIENCE * (time.perf_counter() - began))
         except BaseException as error:
             if self._batch.calls:
                 self._fail("the engine's task was stopped", error)
@@ -155,17 +162,26 @@ class HFEngine:
         finally:
             self._task = None
 
-    async def _settle(self) -> None:
-        """Gives way to the loop: once, and then as long as trajectories that have just got their
-        completion may come back at once.
+    async def _settle(self, patience: float) -> None:
+        """Gives way to the loop, as long as trajectories that have just got their completion may
+        come back at once, and then for `patience` seconds at the most.
 
         Without this, one whose tool takes no time misses the steps that its few turns of the loop
-        take, and its prefill shares a forward with fewer others.
+        take; and one whose tool takes little has its prefill in a forward of its own, while the
+        tool competes with the step for the cores.
         """
         for _ in range(_SETTLE):
             await asyncio.sleep(0)
             if not self._batch.returning:
                 return
+        self._all_back = asyncio.Event()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._all_back.wait(), patience)
+
+    def _heard(self) -> None:
+        """Ends the wait of `_settle` if nobody is missing any more."""
+        if not self._batch.returning:
+            self._all_back.set()
 
     def _fail(self, reason: str, cause: BaseException | None) -> None:
         for call in self._batch.clear():

@@ -25,6 +25,7 @@ from rllib_gtpo.engines.kv_cache import BatchCache
 from rllib_gtpo.errors import ConfigError
 
 GROUPED_ATTENTION = "rllib_gtpo_grouped"
+ONE_THREAD = 64_000_000  # parameters x tokens of a step that more threads hardly quicken
 
 
 def grouped_attention(
@@ -108,21 +109,32 @@ class ModelRunner:
             self._extra["logits_to_keep"] = 1
         self._modules = list(model.modules())  # to walk them takes longer than a small layer
         self._swap = getattr(model, "_supports_attention_backend", False)
+        self._parameters = sum(p.numel() for p in model.parameters())
 
     @contextmanager
-    def inference(self) -> Iterator[None]:
-        """No gradients, no dropout, the engine's attention; everything is as before afterwards."""
+    def inference(self, tokens: int) -> Iterator[None]:
+        """No gradients, no dropout, the engine's attention; everything is as before afterwards.
+
+        A step of few `tokens` through a small model has one thread: more would wait for each other
+        at every layer, and for as long as a tool's process has their core.
+        """
+        threads = torch.get_num_threads()
+        small = self.model.device.type == "cpu" and self._parameters * tokens <= ONE_THREAD
         training = [m for m in self._modules if m.training]
         for module in training:
             module.training = False
         attention = self._config._attn_implementation
         swap = self._swap and attention != "eager"
         try:
+            if small:
+                torch.set_num_threads(1)
             if swap:
                 self._config._attn_implementation = GROUPED_ATTENTION
             with torch.inference_mode():
                 yield
         finally:
+            if small:
+                torch.set_num_threads(threads)
             if swap:
                 self._config._attn_implementation = attention
             for module in training:

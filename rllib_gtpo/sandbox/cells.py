@@ -46,6 +46,18 @@ def queued_time(pid: int, threads: str = "") -> float:
     return longest
 
 
+def wants_a_core(pid: int) -> bool:
+    """Whether a thread of the process is running or ready to, at this moment."""
+    for path in glob.glob(f"/proc/{pid}/task/*/stat"):
+        try:
+            with open(path, "rb") as f:
+                if f.read().rpartition(b")")[2].split()[0] == b"R":
+                    return True
+        except (OSError, IndexError):
+            continue
+    return False
+
+
 def has_threads(pid: int) -> bool:
     """Whether the process has more than one."""
     try:

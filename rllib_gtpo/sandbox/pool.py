@@ -28,6 +28,7 @@ from rllib_gtpo.sandbox.cells import (
     judge,
     memory_file,
     queued_time,
+    wants_a_core,
 )
 from rllib_gtpo.sandbox.child import INLINE, REPLY
 from rllib_gtpo.sandbox.hub import Hub
@@ -41,6 +42,7 @@ from rllib_gtpo.sandbox.limits import (
 from rllib_gtpo.sandbox.spawn import ZygoteProcess
 
 CORES = os.cpu_count() or 1  # how much faster than the clock CPU time may pass
+LOOK_AGAIN = 0.1  # seconds after which code that ran at the end of its wall time is looked at anew
 KILL_SECONDS = 10.0  # how long a kill may take before the zygote itself counts as stuck
 OVER_LIMIT = {  # what the zygote's watchdog reports
     b"D": (Status.DISK_LIMIT, "disk_mb", "MB of disk or too many files"),
@@ -352,6 +354,10 @@ class Pool:
         wall = self.limits.wall - (time.monotonic() - job.started)
         if wall <= 0:
             wall += queued_time(cell.pid, "task/*/") - job.queued
+            # A wait for a core is counted when it ends, and one for a machine that stood still is
+            # not: what wants to run has not been waiting for something else all the time.
+            if wall <= 0 < cpu and wants_a_core(cell.pid):
+                wall = LOOK_AGAIN
         if cpu <= 0:
             note = f"[Timed out after {self.limits.cpu_seconds:g} s of CPU time.]"
         elif wall <= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
@@ -332,26 +333,47 @@ def test_a_quick_tool_misses_no_step(engine: HFEngine, ends: bool) -> None:
     assert engine.stats.steps == 9
 
 
-def test_a_slow_tool_holds_up_nobody(engine: HFEngine) -> None:
-    """A trajectory that stays away is given a bounded number of turns of the loop."""
-    turns = 0
+@pytest.fixture
+def slow_steps(engine: HFEngine, monkeypatch: pytest.MonkeyPatch) -> HFEngine:
+    """An engine whose steps take 0.2 s."""
+    step = engine._batch.step
 
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
+    def slow() -> None:
+        time.sleep(0.2)
+        step()
 
-    async def scenario() -> None:
-        counter = asyncio.create_task(count())
-        gone = asyncio.create_task(engine.generate(request("gone", words(1, 5), 1)))
-        await engine.generate(request("stays", words(2, 5), 30))
-        await gone
-        counter.cancel()
+    monkeypatch.setattr(engine._batch, "step", slow)
+    return engine
 
-    asyncio.run(scenario())
-    assert engine.stats.steps == 30
-    assert turns < 30 + 20  # one for each step, and once more for the one that is gone
+
+def test_a_tool_that_takes_little_of_a_step_misses_none(slow_steps: HFEngine) -> None:
+    """A trajectory that comes back within a few milliseconds is in the very next step."""
+
+    async def quick() -> None:
+        for turn in range(3):
+            await slow_steps.generate(request("quick", words(turn, 10 + turn), 1, (turn,)))
+            await asyncio.sleep(0.005)
+
+    run(quick(), slow_steps.generate(request("long", words(8, 12), 3)))
+    assert slow_steps.stats.steps == 3
+
+
+def test_a_slow_tool_holds_up_nobody(slow_steps: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trajectory that stays away is waited for once, for a part of a step."""
+    patience = []
+    wait_for = asyncio.wait_for
+
+    async def counted(future: Coroutine[Any, Any, Any], timeout: float) -> Any:
+        patience.append(timeout)
+        return await wait_for(future, timeout)
+
+    monkeypatch.setattr(asyncio, "wait_for", counted)
+    run(
+        slow_steps.generate(request("gone", words(1, 5), 1)),
+        slow_steps.generate(request("stays", words(2, 5), 5)),
+    )
+    assert slow_steps.stats.steps == 5
+    assert len(patience) == 1 and patience[0] >= 0.15 * 0.2
 
 
 def test_turns_reuse_the_cache(model: PreTrainedModel, engine: HFEngine) -> None:
