@@ -295,19 +295,22 @@ class GTPO(Algorithm):
         """Learners -> rollout workers, or the engines that they share."""
         if self.engines is not None:
             self._give_weights_to(self.engines)
-            return
-        self.env_runner_group.sync_weights(
-            from_worker_or_learner_group=self.learner_group,
-            inference_only=True,
-            timeout_seconds=None,
-        )
+        else:
+            self.env_runner_group.sync_weights(
+                from_worker_or_learner_group=self.learner_group,
+                inference_only=True,
+                timeout_seconds=None,
+            )
+        moved = call_learners(self.learner_group, "synced_bytes")[0]
+        self.log_metrics({"sync/bytes": float(moved)})
 
     def _give_weights_to(self, engines: EnginePool) -> None:
         """Once, however many env runners use the engines; those learn the version only."""
         settings = engines.settings
         if settings.weight_transfer == SHARED_MEMORY:
             version, packed = call_learners(self.learner_group, "publish_weights")[0]
-            engines.update_weights(version, packed)
+            update = engines.update_weights if settings.lora is None else engines.update_adapter
+            update(version, packed)
         else:
             with engines.device_update() as members:
                 sent = (settings.weight_transfer, engines.name, members, settings.workers)
@@ -483,6 +486,9 @@ class GTPO(Algorithm):
         where = {"component": component, "filesystem": filesystem}
         shards = read_shards(str(path), filesystem, self._strategy_record())
         super().restore_from_path(path, *args, **where, **kwargs)
+        refusal = call_learners(self.learner_group, "why_refused")[0]
+        if refusal is not None:
+            raise refusal
         if component is None and shards is not None:
             call_learners(self.learner_group, "load_shards", shards)
         if self.engines is not None:

@@ -12,6 +12,7 @@ from rllib_gtpo.chat import call_format
 from rllib_gtpo.cold_start import ColdStart
 from rllib_gtpo.engines.vllm import check_vllm
 from rllib_gtpo.errors import ConfigError, did_you_mean
+from rllib_gtpo.lora import check_lora
 from rllib_gtpo.ops.advantages import ESTIMATORS
 from rllib_gtpo.ops.losses import Objective
 from rllib_gtpo.record.settings import RecordSettings
@@ -232,6 +233,7 @@ def _model(config: GTPOConfig) -> None:
         raise ConfigError(_one_of("dtype", config.dtype, _DTYPES))
     call_format(config.call_format)
     ColdStart.of(config.cold_start)
+    check_lora(config)
     name = config.optimizer.get("name", "AdamW")
     if not isinstance(getattr(torch.optim, str(name), None), type):
         names = [n for n, v in vars(torch.optim).items() if isinstance(v, type)]

@@ -132,6 +132,9 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     _add_paths(parser, "RUN|CHECKPOINT", "DIR")
     parser.add_argument("--dtype", help="of the weights, such as bfloat16 (default: as trained)")
+    parser.add_argument(
+        "--adapter", action="store_true", help="the LoRA adapter alone, for peft (default: merged)"
+    )
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the hub")
     parser.set_defaults(run=_export)
 
@@ -190,7 +193,8 @@ def _export(args: argparse.Namespace) -> int:
     from rllib_gtpo.command.quiet import silence
 
     silence()
-    print(export(args.source, args.target, dtype=args.dtype, push_to=args.push))
+    chosen = {"dtype": args.dtype, "push_to": args.push, "adapter": args.adapter}
+    print(export(args.source, args.target, **chosen))
     return 0
 
 

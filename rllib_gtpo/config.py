@@ -54,6 +54,7 @@ class GTPOConfig(AlgorithmConfig):
         self.chat_template: str | None = None
         self.dtype = "float32"
         self.call_format = "hermes"
+        self.lora: dict[str, Any] | None = None
         self.cold_start: dict[str, Any] | None = None
         # rollouts
         self.engine = "hf"
@@ -147,6 +148,7 @@ class GTPOConfig(AlgorithmConfig):
         chat_template: str | None = NotProvided,
         dtype: str = NotProvided,
         call_format: str = NotProvided,
+        lora: dict[str, Any] | None = NotProvided,
         cold_start: dict[str, Any] | None = NotProvided,
     ) -> GTPOConfig:
         """The policy.
@@ -160,6 +162,9 @@ class GTPOConfig(AlgorithmConfig):
                 "mistral_args", "qwen3_coder", "glm", "response_template" (the tokenizer's own),
                 "auto" (what the chat template writes), "fenced", or one of your own
                 (`rllib_gtpo.chat.register_call_format`).
+            lora: Train an adapter of low rank and leave the model as it is: {"rank": 8, "alpha":
+                16, "targets": "all-linear" or a list, "dropout", "rslora"}; see
+                rllib_gtpo.lora.LoRASettings.  Needs the extra `lora`.
             cold_start: Supervised training before RL: {"data": "expert" or a path, "steps",
                 "batch_size", "lr", ...}; see rllib_gtpo.cold_start.ColdStart, and
                 rllib_gtpo.traces for what a file holds.
@@ -170,6 +175,7 @@ class GTPOConfig(AlgorithmConfig):
             chat_template=chat_template,
             dtype=dtype,
             call_format=call_format,
+            lora=lora,
             cold_start=cold_start,
         )
 
@@ -454,7 +460,10 @@ class GTPOConfig(AlgorithmConfig):
             from rllib_gtpo.engines.vllm import VLLMEngine
 
             return VLLMEngine(
-                self.engine_pool, max_context=max_context, vocab_size=module.vocab_size
+                self.engine_pool,
+                max_context=max_context,
+                vocab_size=module.vocab_size,
+                follows_policy=self.lora is not None,
             )
         from rllib_gtpo.engines.hf import HFEngine
 
@@ -513,6 +522,7 @@ class GTPOConfig(AlgorithmConfig):
                 "model": self.language_model_source,
                 "tokenizer": self.tokenizer,
                 "dtype": self.dtype,
+                "lora": self.lora,
                 "seed": self.seed or 0,
                 "temperature": self.temperature,
             },

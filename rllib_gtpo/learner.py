@@ -78,8 +78,6 @@ class GTPOLearner(SequenceLearner):
         )
         self.last_batch = TrainedBatch(batch[GROUPS], batch[TRAJECTORIES], batch[CREDIT])
         self._trace = TokenTrace() if self.config.record_settings.share else None
-        if self._objective.kl_coeff and self._reference is None:
-            self._make_reference()
         progress = kwargs.get("on_step") or (lambda done, total: None)
         self._log(self._credit_report(batch))
         self._log(self._train_on(self.last_batch, batch[SEQUENCES], progress))
@@ -112,12 +110,15 @@ class GTPOLearner(SequenceLearner):
         advantages = trained.credit.advantages.float()
         steps = self.config.epochs * self.config.mini_batches
         anchors = self._logprobs_of(sequences) if steps > 1 else None
+        references = self._reference_logprobs_of(sequences) if self._objective.kl_coeff else None
         policy = self.get_optimizer(DEFAULT_MODULE_ID, POLICY)
         reports = []
         for step in range(steps):
             chosen = self._mini_batch(trained.groups, sequences, step % self.config.mini_batches)
             if self._max(len(chosen)):  # else there is nothing to train on at any learner
-                loss_fn = self._policy_loss(advantages, anchors, [sequences[i] for i in chosen])
+                loss_fn = self._policy_loss(
+                    advantages, anchors, references, [sequences[i] for i in chosen]
+                )
                 reports.append(
                     self._step(sequences, chosen, loss_fn, policy, self.config.grad_clip)
                 )
@@ -144,7 +145,11 @@ class GTPOLearner(SequenceLearner):
         ]
 
     def _policy_loss(
-        self, advantages: Tensor, anchors: dict[int, Tensor] | None, sequences: list[TokenSequence]
+        self,
+        advantages: Tensor,
+        anchors: dict[int, Tensor] | None,
+        references: dict[int, Tensor] | None,
+        sequences: list[TokenSequence],
     ) -> LossFunction:
         """The clipped objective of one micro-batch, divided by the step's global normaliser."""
         rows = [turn for s in sequences for turn in s.turns if turn != NOT_TRAINED]
@@ -161,13 +166,6 @@ class GTPOLearner(SequenceLearner):
             anchor = None if anchors is None else _gather(anchors, batch)
             if self._trace is not None:
                 self._trace.add(batch, output[LOGPROBS], anchor)
-            reference = None
-            if self._objective.kl_coeff:
-                assert self._reference is not None
-                with torch.no_grad():
-                    reference = self._strategy.reference_forward(
-                        self._reference, {"tokens": batch}
-                    )[LOGPROBS]
             total, metrics = objective_sum(
                 self._objective,
                 learner_logprobs=output[LOGPROBS],
@@ -176,7 +174,7 @@ class GTPOLearner(SequenceLearner):
                 turn=turns,
                 trajectory=batch.sequences_N,
                 anchor_logprobs=anchor,
-                ref_logprobs=reference,
+                ref_logprobs=None if references is None else _gather(references, batch),
                 entropy=output[ENTROPY],
             )
             return total / divisor.to(total.dtype), metrics
@@ -190,9 +188,9 @@ class GTPOLearner(SequenceLearner):
             self.metrics.log_value((DEFAULT_MODULE_ID, *name.split("/")), value, window=1)
 
 
-def _gather(anchors: dict[int, Tensor], batch: TokenBatch) -> Tensor:
-    """The anchors of a batch's trained tokens, in its order."""
+def _gather(logprobs: dict[int, Tensor], batch: TokenBatch) -> Tensor:
+    """Those of a batch's trained tokens, in its order."""
     order = torch.unique_consecutive(batch.sequences_N).tolist()
     if not order:
         return batch.sampling_logprobs_N
-    return torch.cat([anchors[i] for i in order])
+    return torch.cat([logprobs[i] for i in order])

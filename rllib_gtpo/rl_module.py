@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.language_model import switch_to_packed, trained_logprobs
+from rllib_gtpo.lora import BASE_MARK, LoRASettings, add_adapter, base_mark, check_state_kind
 from rllib_gtpo.models import load_config, load_model, max_positions
 from rllib_gtpo.strategies.base import Strategy, named_tensors
 
@@ -19,7 +20,9 @@ ENTROPY = "entropy"
 
 
 class LLMModule(TorchRLModule):
-    """A Hugging Face causal LM.  `model_config`: model, dtype, seed, temperature.
+    """A Hugging Face causal LM.  `model_config`: model, dtype, seed, temperature, lora.
+
+    With LoRA its state is the adapter alone, and a mark of the model that this belongs to.
 
     The forward pass runs inside `_forward_train`, log-probabilities included, so that wrappers (DDP
     and sharding) see one call with a small result instead of logits of the whole vocabulary.
@@ -36,6 +39,14 @@ class LLMModule(TorchRLModule):
             seed=settings["seed"],
             tokenizer=settings["tokenizer"],
         )
+        self.adapter_names: frozenset[str] | None = None  # of the state, with LoRA
+        self.peft_config: Any = None
+        if (lora := LoRASettings.of(settings.get("lora"))) is not None:
+            self.register_buffer(BASE_MARK, base_mark(self.model))
+            self.peft_config = add_adapter(self.model, lora, settings["seed"])
+            trained = {n for n, p in self.named_parameters() if p.requires_grad}
+            self.adapter_names = frozenset({*trained, BASE_MARK})
+        self.synced_bytes = 0  # of the last state that was given to rollout workers
         self.temperature: float = settings["temperature"]
         self.sharding: Strategy | None = None  # of a learner that holds only a part
         self.whole: dict[str, Tensor] = {}  # then: the weights as they were last gathered
@@ -71,12 +82,16 @@ class LLMModule(TorchRLModule):
     ) -> dict[str, Tensor]:
         """CPU copies in their own dtype (RLlib's numpy detour cannot carry bfloat16); tied weights
         once."""
-        if self.sharding is not None:
-            return self.whole
-        return {name: value.detach().to("cpu", copy=True) for name, value in named_tensors(self)}
+        state = self.whole
+        if self.sharding is None:
+            state = {n: value.detach().to("cpu", copy=True) for n, value in named_tensors(self)}
+        if inference_only:
+            self.synced_bytes = sum(value.nbytes for value in state.values())
+        return state
 
     def set_state(self, state: dict[str, Tensor]) -> None:
-        """Loads a state of `get_state`; refuses one of another architecture."""
+        """Loads a state of `get_state`; refuses one of another architecture, or base of LoRA."""
+        check_state_kind(state, getattr(self, BASE_MARK, None), self.adapter_names or ())
         if self.sharding is not None:
             self.sharding.load_weights(self, state)
             return
@@ -98,8 +113,8 @@ class LLMModule(TorchRLModule):
                 else "does not exist here"
             )
             raise ConfigError(
-                f"The weights belong to another model: {name!r} {problem}. Use the model= setting "
-                "that the weights were made with."
+                f"The weights belong to another model: {name!r} {problem}. Use the model= and "
+                "lora= settings that the weights were made with."
             )
 
 

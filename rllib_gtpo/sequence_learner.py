@@ -7,6 +7,7 @@ the global batch: every normaliser is summed over learners before it divides.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from torch import Tensor
 
 from rllib_gtpo.errors import GTPOError
+from rllib_gtpo.lora import adapter_off, dropout_on
 from rllib_gtpo.ops.losses import finish_metrics, merge_metrics
 from rllib_gtpo.packing import TokenBatch, TokenSequence, collate, empty_batch, micro_batches
 from rllib_gtpo.rl_module import LOGPROBS
@@ -98,15 +100,34 @@ class SequenceLearner(StrategyLearner):
         dist.all_gather_object(gathered, {k: float(v) for k, v in sums.items()})
         return merge_metrics({k: torch.tensor(v) for k, v in part.items()} for part in gathered)
 
-    def _logprobs_of(self, sequences: list[TokenSequence]) -> dict[int, Tensor]:
-        """Log-probabilities of the trained tokens of each sequence under the current weights."""
+    def _reference_logprobs_of(self, sequences: list[TokenSequence]) -> dict[int, Tensor]:
+        """Under the policy that KL is measured to: a model that is kept as it was, or with LoRA
+        this one without its adapter."""
+        if self._lora:
+            with adapter_off(self._unwrapped.model):
+                return self._logprobs_of(sequences)
+        reference = self._reference or self._make_reference()
+        return self._logprobs_of(
+            sequences,
+            lambda batch: self._strategy.reference_forward(reference, {"tokens": batch}),
+        )
+
+    def _logprobs_of(
+        self,
+        sequences: list[TokenSequence],
+        forward: Callable[[TokenBatch], Output] | None = None,
+    ) -> dict[int, Tensor]:
+        """Log-probabilities of the trained tokens of each sequence under the current weights.
+
+        forward: Of another model.
+        """
         found: dict[int, Tensor] = {}
         filled = [i for i, s in enumerate(sequences) if s.token_ids]
         lengths = [len(sequences[i].token_ids) for i in filled]
         parts = [[filled[i] for i in part] for part in self._micro_batches(lengths)]
         with torch.no_grad():
             for indices, batch in self._equally_many(sequences, parts):
-                logprobs = self._forward(batch)[LOGPROBS]
+                logprobs = (forward or self._forward)(batch)[LOGPROBS]
                 for index in indices:
                     found[index] = logprobs[batch.sequences_N == index]
         return found
@@ -146,7 +167,8 @@ class SequenceLearner(StrategyLearner):
                 "tokens": torch.tensor(len(batch.targets_N), dtype=torch.float64)
             }
 
-        return self._step(sequences, mine, loss, optimizer, grad_clip)["loss"]
+        with dropout_on(self._unwrapped.model) if self._lora else contextlib.nullcontext():
+            return self._step(sequences, mine, loss, optimizer, grad_clip)["loss"]
 
     def supervised_loss(self, sequences: list[TokenSequence]) -> float:
         """Mean next-token loss on held-out demonstrations; nothing is trained."""

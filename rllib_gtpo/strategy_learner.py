@@ -21,6 +21,8 @@ from torch import Tensor
 
 from rllib_gtpo.engines.vllm import pack_state
 from rllib_gtpo.engines.vllm.device import DeviceSender, Members
+from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.lora import adapter_files
 from rllib_gtpo.strategies import Strategy
 
 SUPERVISED = "supervised"  # the cold start's own optimizer, so that RL starts with a fresh state
@@ -35,6 +37,7 @@ class StrategyLearner(TorchLearner):
         self._strategy: Strategy = self.config.build_strategy()
         self._packed = False  # whether the model takes sequences without padding
         self._reference: Any = None
+        self.refusal: ConfigError | None = None
         self.best_weights: dict[str, Tensor] | None = None  # of a cold start, at the first learner
         self._sender: DeviceSender | None = None  # of weights to engines, if they go that way
 
@@ -126,6 +129,21 @@ class StrategyLearner(TorchLearner):
             self._make_reference().set_state(state["reference"])
             self._gather_weights(self._reference)
 
+    def restore_from_path(self, path: Any, **kwargs: Any) -> None:
+        """RLlib's; but what a remote learner refuses RLlib only logs, so that it is kept for the
+        algorithm to raise."""
+        self.refusal = None
+        try:
+            super().restore_from_path(path, **kwargs)
+        except ConfigError as error:
+            if not self.config.num_learners:
+                raise
+            self.refusal = error
+
+    def why_refused(self) -> ConfigError | None:
+        """Of the last `restore_from_path`."""
+        return self.refusal
+
     def _get_optimizer_state(self) -> dict[str, Any]:
         """Without RLlib's way through numpy, which loses bfloat16 and integer steps."""
         return {
@@ -188,12 +206,14 @@ class StrategyLearner(TorchLearner):
     def publish_weights(self) -> tuple[int, Any] | None:
         """The version of the weights and a reference to them, packed for engines.
 
-        From the first learner only: all have the same.
+        With LoRA, to the files of the adapter.  From the first learner only: all have the same.
         """
         if self._rank:
             return None
-        state = self._unwrapped.get_state(inference_only=True)
-        return self._weights_seq_no, ray.put(pack_state(state))
+        module = self._unwrapped
+        state = module.get_state(inference_only=True)
+        packed = adapter_files(module.peft_config, state) if self._lora else pack_state(state)
+        return self._weights_seq_no, ray.put(packed)
 
     def send_weights(self, backend: str, pool: str, members: Members, workers: int) -> int:
         """Sends the weights from the learners' devices to the engines'; all learners take part.
@@ -203,7 +223,12 @@ class StrategyLearner(TorchLearner):
         if self._sender is None:
             self._sender = DeviceSender(backend, pool, self._unwrapped.model, self._rank)
         self._sender.send(members, workers, self._weights_seq_no)
+        self._unwrapped.synced_bytes = sum(p.nbytes for p in self._unwrapped.parameters())
         return self._weights_seq_no
+
+    def synced_bytes(self) -> int:
+        """What the last sync gave to each rollout worker or engine."""
+        return int(self._unwrapped.synced_bytes)
 
     def max_context(self) -> int:
         """Most tokens that the model's positions allow."""
@@ -214,6 +239,10 @@ class StrategyLearner(TorchLearner):
     @property
     def _unwrapped(self) -> Any:
         return self.module[DEFAULT_MODULE_ID].unwrapped()
+
+    @property
+    def _lora(self) -> bool:
+        return self.config.lora is not None
 
     @property
     def _world(self) -> int:

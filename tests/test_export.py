@@ -110,6 +110,78 @@ def test_another_dtype(trained, tmp_path):
     assert load(tmp_path / "half").dtype is torch.bfloat16
 
 
+@pytest.fixture(scope="module")
+def adapted(ray_session, tmp_path_factory):
+    """A checkpoint with a LoRA adapter that matters, and the model with it."""
+    from tests.tasks import Adder
+
+    algorithm = (
+        GTPOConfig()
+        .environment(Adder)
+        .language_model(lora={"rank": 4, "alpha": 16, "rslora": True})
+        .rollouts(max_turn_tokens=8)
+        .training(lr=1e-2, group_size=2, groups_per_step=1)
+        .reporting(progress=False)
+        .debugging(seed=0)
+        .build_algo()
+    )
+    module = algorithm.learner_group._learner._unwrapped
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if "lora_B" in name:
+                value.normal_(generator=torch.Generator().manual_seed(len(name))).mul_(0.1)
+    checkpoint = tmp_path_factory.mktemp("lora") / "checkpoint"
+    algorithm.save_to_path(str(checkpoint))
+    algorithm.stop()
+    return checkpoint, module.model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.tensor([[7, 60, 5, 42, 9, 101]])).logits
+
+
+@pytest.fixture(scope="module")
+def merged(adapted, tmp_path_factory):
+    target = tmp_path_factory.mktemp("out") / "merged"
+    assert main(["export", str(adapted[0]), str(target)]) == 0
+    return target
+
+
+def test_the_merged_model_is_the_model_with_its_adapter(adapted, merged):
+    model = load(merged)
+    assert not any("lora" in name for name in model.state_dict())
+    assert model.dtype is torch.float32
+    assert (logits(model) - logits(adapted[1])).abs().max() < 1e-5
+    from rllib_gtpo.lora import adapter_off
+
+    with adapter_off(adapted[1]):
+        assert (logits(model) - logits(adapted[1])).abs().max() > 0.1
+    card = (merged / "README.md").read_text()
+    assert "library_name: transformers" in card and "| lora | {'rank': 4" in card
+
+
+def test_the_adapter_alone_loads_in_peft(adapted, tmp_path):
+    from peft import PeftModel
+
+    from rllib_gtpo.models import TINY_QWEN2, load_model
+
+    target = tmp_path / "adapter"
+    assert main(["export", str(adapted[0]), str(target), "--adapter"]) == 0
+    names = {path.name for path in target.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
+    assert not {"model.safetensors", "config.json"} & names
+    base = load_model(TINY_QWEN2, seed=0, tokenizer=build_tokenizer())
+    model = PeftModel.from_pretrained(base, target)
+    assert (logits(model) - logits(adapted[1])).abs().max() < 1e-6
+    assert "PeftModel.from_pretrained(base" in (target / "README.md").read_text()
+
+
+def test_without_lora_there_is_no_adapter_to_export(trained, tmp_path):
+    with pytest.raises(ConfigError, match="without lora"):
+        export(trained[0], tmp_path / "adapter", adapter=True)
+
+
 def test_pushing(trained, tmp_path, monkeypatch):
     calls = []
 

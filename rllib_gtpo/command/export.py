@@ -12,6 +12,7 @@ from typing import Any
 
 from rllib_gtpo.command.directory import RunDirectory
 from rllib_gtpo.errors import ConfigError, GTPOError
+from rllib_gtpo.lora import BASE_MARK, adapter_files, merge
 from rllib_gtpo.models import is_local
 
 MODULE = Path("learner_group", "learner", "rl_module", "default_policy")
@@ -19,11 +20,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 _TRAINED_WITH = (
     *("estimator", "gamma", "group_size", "groups_per_step", "lr", "clip_low", "clip_high"),
     *("kl_coeff", "shaping", "temperature", "max_turns", "max_turn_tokens", "max_tokens"),
-    *("call_format", "dtype", "seed"),
+    *("call_format", "dtype", "lora", "seed"),
 )
 _CARD = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 tags: [reinforcement-learning, tool-use, rllib, {tag}]
 {base}---
@@ -50,32 +51,44 @@ The chat template is the one that it was trained with; it writes tool calls in t
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".")
+{load}
 messages = [{{"role": "user", "content": "..."}}]
 ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens={max_tokens})[0]))
 ```
 """
 
+_LOAD_MODEL = 'model = AutoModelForCausalLM.from_pretrained(".")'
+_LOAD_ADAPTER = """\
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, ".")  # from peft import PeftModel"""
+
 
 def export(
-    source: Path, target: Path, *, dtype: str | None = None, push_to: str | None = None
+    source: Path,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    push_to: str | None = None,
+    adapter: bool = False,
 ) -> str:
     """Writes weights (safetensors), tokenizer, template, generation config and a model card.
 
-    `target` appears when it is complete.
+    A LoRA adapter is merged into its model.  `target` appears when it is complete.
 
     Args:
         source: A run directory (its last checkpoint) or a checkpoint.
         target: The directory to make.
         dtype: Of the weights; None keeps that of training.
         push_to: A hub repository (owner/name) to upload the directory to, private if it is new.
+        adapter: Write the adapter alone, in peft's format, instead of a model.
 
     Returns:
         What was done, in one line.
 
     Raises:
-        ConfigError: `source` is no checkpoint of a language model, or `target` exists.
+        ConfigError: `source` is no checkpoint of a language model, or has no adapter to be
+            written, or `target` exists.
     """
     if target.exists():
         raise ConfigError(f"{target} exists: remove it, or name another directory.")
@@ -83,23 +96,24 @@ def export(
         raise ConfigError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}.")
     checkpoint = _checkpoint(source)
     config = _config(checkpoint)
-    model, codec = _model(checkpoint, dtype), config.build_codec()
-    model.generation_config.eos_token_id = list(codec.stop_token_ids)
-    model.generation_config.pad_token_id = codec.tokenizer.pad_token_id
+    if adapter and config.lora is None:
+        raise ConfigError(f"{checkpoint} was trained without lora: leave --adapter out.")
+    module, codec = _module(checkpoint), config.build_codec()
     unfinished = target.with_name(f"{target.name}.part-{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
-        model.save_pretrained(unfinished)
+        save = _save_adapter if adapter else _save_model
+        parameters = save(module, unfinished, config, codec, dtype)
         codec.tokenizer.save_pretrained(unfinished)
         card = unfinished / "README.md"
-        card.write_text(_card(target.name, checkpoint, config, codec.call_format.name))
+        card.write_text(_card(target.name, checkpoint, config, codec.call_format.name, adapter))
         for file in unfinished.iterdir():  # safetensors makes files for the owner's eyes only
             file.chmod(card.stat().st_mode)
         os.replace(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     size = sum(file.stat().st_size for file in target.rglob("*")) / 1e6
-    what = f"{model.num_parameters():,} parameters, {size:.1f} MB"
+    what = f"{parameters:,} parameters, {size:.1f} MB"
     done = f"exported {checkpoint} to {target} ({what})"
     if push_to is not None:
         done += f" and to {_push(target, push_to)}"
@@ -139,23 +153,58 @@ def _config(checkpoint: Path) -> Any:
     return config
 
 
-def _model(checkpoint: Path, dtype: str | None) -> Any:
-    import torch
+def _module(checkpoint: Path) -> Any:
     from ray.rllib.core.rl_module.rl_module import RLModule
 
-    module: Any = RLModule.from_checkpoint(str((checkpoint / MODULE).absolute()))
-    return module.model if dtype is None else module.model.to(getattr(torch, dtype))
+    return RLModule.from_checkpoint(str((checkpoint / MODULE).absolute()))
 
 
-def _card(name: str, checkpoint: Path, config: Any, call_format: str) -> str:
+def _save_model(module: Any, folder: Path, config: Any, codec: Any, dtype: str | None) -> int:
+    """The number of parameters."""
+    import torch
+
+    model = module.model
+    wanted = model.dtype if dtype is None else getattr(torch, dtype)
+    if module.peft_config is not None:
+        if wanted == torch.float32:  # before the adapter is rounded
+            model = model.to(wanted)
+        model = merge(model)
+    model = model.to(wanted)
+    model.generation_config.eos_token_id = list(codec.stop_token_ids)
+    model.generation_config.pad_token_id = codec.tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    return int(model.num_parameters())
+
+
+def _save_adapter(module: Any, folder: Path, config: Any, codec: Any, dtype: str | None) -> int:
+    """The number of parameters."""
+    import torch
+
+    module.peft_config.base_model_name_or_path = _hub_id(config)
+    state = module.get_state()
+    wanted = None if dtype is None else getattr(torch, dtype)
+    for name, content in adapter_files(module.peft_config, state, dtype=wanted).items():
+        (folder / name).write_bytes(content)
+    return sum(value.numel() for name, value in state.items() if name != BASE_MARK)
+
+
+def _hub_id(config: Any) -> str | None:
     source = config.language_model_source
-    hub_id = source if isinstance(source, str) and not is_local(source) else None
+    return source if isinstance(source, str) and not is_local(source) else None
+
+
+def _card(name: str, checkpoint: Path, config: Any, call_format: str, adapter: bool = False) -> str:
+    source = config.language_model_source
+    hub_id = _hub_id(config)
+    base = hub_id or "the model that it was trained on"
     versions = ", ".join(
         f"{package} {metadata.version(package)}"
-        for package in ("rllib-gtpo", "ray", "torch", "transformers")
+        for package in ("rllib-gtpo", "ray", "torch", "transformers", *["peft"] * adapter)
     )
     return _CARD.format(
+        library="peft" if adapter else "transformers",
         tag=config.ALGORITHM.lower(),
+        load=_LOAD_ADAPTER.format(base=base) if adapter else _LOAD_MODEL,
         base=f"base_model: {hub_id}\n" if hub_id else "",
         name=name,
         algorithm=config.ALGORITHM,

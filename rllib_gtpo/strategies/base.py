@@ -179,11 +179,15 @@ def build_strategy(
 
 
 def named_tensors(module: Any) -> list[tuple[str, Tensor]]:
-    """Parameters and saved buffers, tied ones once, under the names of `get_state`."""
+    """Parameters and saved buffers, tied ones once, under the names of `get_state`.
+
+    Those of the adapter only, if the module has one.
+    """
     seen: set[int] = set()
     found = []
     for name, value in module.state_dict(keep_vars=True).items():
-        if id(value) not in seen:
+        wanted = module.adapter_names is None or name in module.adapter_names
+        if wanted and id(value) not in seen:
             seen.add(id(value))
             found.append((name, value))
     return found

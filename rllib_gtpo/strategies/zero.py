@@ -139,14 +139,15 @@ class ZeRO(Strategy):
         )
 
     def save_shards(self, optimizers: Mapping[str, torch.optim.Optimizer], folder: Path) -> None:
-        """See Strategy."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG)
+        """See Strategy; without the base of an adapter, which does not change."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
 
     def load_shards(
         self, module: Any, optimizers: Mapping[str, torch.optim.Optimizer], folder: Path
     ) -> None:
         """Of as many learners at the same stage only."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        frozen = module.adapter_names is not None
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not frozen)
         if path is None:
             raise GTPOError(f"DeepSpeed found no checkpoint in {folder}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +24,14 @@ class Adapter(NamedTuple):
     """One version of a LoRA adapter.
 
     name, number: Its own, never used again: vLLM takes files of a known name for unchanged.
-    path: A directory in PEFT's format.
+    path: A directory in PEFT's format; "": each engine has written one for itself.
+    version: Of the policy's weights, if it is the policy's.
     """
 
     name: str
     number: int
     path: str
+    version: int = 0
 
 
 class Row(NamedTuple):
@@ -74,6 +77,7 @@ class EngineActor:
         self._directory = tempfile.TemporaryDirectory(prefix="rllib-gtpo-engine-")
         self._engine: Any = None
         self._sessions: dict[str, _Session] = {}
+        self._written: dict[int, Path] = {}  # adapters that came as files, by number
         self._update = asyncio.Lock()
         self._shared: SharedWeights | None = None
         self._dead: str | None = None
@@ -165,7 +169,6 @@ class EngineActor:
 
     async def _generate(self, client: str, row: Row) -> Sampled:
         from vllm import SamplingParams
-        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
         sampling = SamplingParams(
@@ -180,7 +183,7 @@ class EngineActor:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = {"prompt_token_ids": row.token_ids}
-        adapter = None if row.adapter is None else LoRARequest(*row.adapter)
+        adapter = None if row.adapter is None else self._request_of(row.adapter)
         name = f"{client}-{row.number}"
         final: Any = None
         async for output in self._engine.generate(prompt, sampling, name, lora_request=adapter):
@@ -265,13 +268,30 @@ class EngineActor:
         """Goes on with the requests that were in flight."""
         await self._engine.resume_generation()
 
-    async def load_adapter(self, adapter: Adapter, outdated: int | None) -> None:
-        """Loads a version of an adapter, and drops one that is not to be used any more."""
-        from vllm.lora.request import LoRARequest
+    async def load_adapter(
+        self, adapter: Adapter, outdated: int | None, box: list[Any] | None = None
+    ) -> None:
+        """Loads a version of an adapter, and drops one that is not to be used any more.
 
-        await self._engine.add_lora(LoRARequest(*adapter))
+        box: The reference to its files, unless they are at its path.
+        """
+        if box is not None:
+            folder = Path(self._directory.name, adapter.name)
+            folder.mkdir()
+            for name, content in (await box[0]).items():
+                (folder / name).write_bytes(content)
+            self._written[adapter.number] = folder
+        await self._engine.add_lora(self._request_of(adapter))
         if outdated is not None:
             await self._engine.remove_lora(outdated)
+            if outdated in self._written:
+                shutil.rmtree(self._written.pop(outdated))
+
+    def _request_of(self, adapter: Adapter) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        path = self._written.get(adapter.number, adapter.path)
+        return LoRARequest(adapter.name, adapter.number, str(path))
 
     # Life.
 

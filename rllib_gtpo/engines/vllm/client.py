@@ -118,6 +118,7 @@ class VLLMEngine:
         patience_s: how long a request may wait for an engine to be (re)started.
         adapter: what `EnginePool.load_adapter` gave, for all requests; None samples from the model
             itself.
+        follows_policy: sample with the newest adapter of `EnginePool.update_adapter` instead.
     """
 
     def __init__(
@@ -128,8 +129,11 @@ class VLLMEngine:
         vocab_size: int,
         patience_s: float = PATIENCE_S,
         adapter: Adapter | None = None,
+        follows_policy: bool = False,
     ) -> None:
         self.adapter = adapter
+        self._follows_policy = follows_policy
+        self._newest: asyncio.Future[Adapter] | None = None
         self.max_context = max_context
         self.cached_tokens = 0  # of contexts that the engines found in their prefix caches
         self._vocab_size = vocab_size
@@ -156,7 +160,8 @@ class VLLMEngine:
         while len(failures) <= RESENDS:
             session = await self._session_of(request.trajectory)
             try:
-                sampled = await session.call(request, self.adapter)
+                adapter = await self._adapter_now()
+                sampled = await session.call(request, adapter)
             except EngineDown as down:
                 failures.append(str(down))
                 self._report(session, str(down))
@@ -167,7 +172,7 @@ class VLLMEngine:
                 failures.append("the engine aborted it")
                 continue
             self.cached_tokens += sampled.cached_tokens
-            return to_completion(sampled)
+            return to_completion(sampled, adapter if self._follows_policy else None)
         raise EngineError(
             f"a request of {len(request.token_ids)} tokens failed {len(failures)} times: "
             f"{failures[-1]}"
@@ -178,7 +183,8 @@ class VLLMEngine:
         self._homes.pop(trajectory, None)
 
     def weights_updated(self, version: int) -> None:
-        """Nothing to do: engines stamp what they sample."""
+        """Engines stamp what they sample; a new adapter has to be asked for."""
+        self._newest = None
 
     def close(self) -> None:
         """Ends the requests of this client; the engines are the pool's."""
@@ -188,6 +194,13 @@ class VLLMEngine:
             session._fail(EngineError("the engine was closed"))
         self._sessions.clear()
 
+    async def _adapter_now(self) -> Adapter | None:
+        if not self._follows_policy:
+            return self.adapter
+        if self._newest is None:
+            self._newest = asyncio.ensure_future(self._ask(self._pool.policy_adapter.remote()))
+        return await asyncio.shield(self._newest)
+
     def _attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Sessions belong to one event loop, and each batch of rollouts has its own."""
         if self._loop is loop:
@@ -195,7 +208,7 @@ class VLLMEngine:
         for session in self._sessions.values():
             session.end()
         self._sessions = {i: Session(s.engine) for i, s in self._sessions.items()}
-        self._loop, self._joining = loop, None
+        self._loop, self._joining, self._newest = loop, None, None
 
     async def _session_of(self, trajectory: str) -> Session:
         while not self._sessions:
@@ -209,12 +222,13 @@ class VLLMEngine:
     async def _join(self) -> None:
         """Asks the pool which engines serve; once for all requests that wait."""
         if self._joining is None or self._joining.done():
-            self._joining = asyncio.ensure_future(self._ask(self._pool.engines.remote()))
+            self._joining = asyncio.ensure_future(self._enter(self._pool.engines.remote()))
         await asyncio.shield(self._joining)
 
-    async def _ask(self, answer: Any) -> None:
+    async def _ask(self, answer: Any) -> Any:
+        """What the pool answers, in time."""
         try:
-            engines = await asyncio.wait_for(answer, self._patience_s)
+            return await asyncio.wait_for(answer, self._patience_s)
         except TimeoutError:
             raise EngineError(
                 f"no vLLM engine served within {self._patience_s:g} s: it is still starting, has "
@@ -225,7 +239,9 @@ class VLLMEngine:
             if isinstance(cause, GTPOError):
                 raise cause from None
             raise EngineError(f"the vLLM engines are gone: {error}") from error
-        for engine in engines:
+
+    async def _enter(self, answer: Any) -> None:
+        for engine in await self._ask(answer):
             known = self._sessions.get(engine.index)
             if known is None or known.engine.generation < engine.generation:
                 self._sessions[engine.index] = Session(engine)
@@ -236,14 +252,16 @@ class VLLMEngine:
         if self._sessions.get(engine.index) is session:
             del self._sessions[engine.index]
             answer = self._pool.replace.remote(engine.index, engine.generation, reason)
-            waiting = asyncio.ensure_future(self._ask(answer))
+            waiting = asyncio.ensure_future(self._enter(answer))
             waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
             if not self._sessions:
                 self._joining = waiting
 
 
-def to_completion(sampled: Sampled) -> Completion:
-    """A completion with the versions of the weights that sampled it."""
+def to_completion(sampled: Sampled, policy: Adapter | None = None) -> Completion:
+    """A completion with the versions of the weights that sampled it; `policy`: its adapter."""
+    if policy is not None:
+        return Completion(sampled.token_ids, sampled.logprobs, sampled.finish, policy.version)
     versions = [int(v) if v.isdigit() else 0 for v in sampled.versions] or [0]
     return Completion(
         sampled.token_ids,

@@ -48,6 +48,10 @@ class EnginePool:
         """Gives all engines the weights that `pack_state` made, as a reference to them."""
         _get(self._actor.update_weights.remote(version, [packed]))
 
+    def update_adapter(self, version: int, files: ray.ObjectRef) -> None:
+        """Has all engines sample the policy with a new adapter: a reference to its files."""
+        _get(self._actor.update_adapter.remote(version, [files]))
+
     @contextlib.contextmanager
     def device_update(self) -> Iterator[Members]:
         """Holds the engines while learners send them weights from their devices."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ START_ATTEMPTS = 3  # to replace an engine
 HEALTH_EVERY_S = 10.0
 HEALTH_TIMEOUT_S = 120.0
 SHUTDOWN_S = 15.0
+_POLICY = "policy"  # the adapter that is trained
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class PoolActor:
         self._replaced = 0
         self._adapters: dict[str, list[Adapter]] = {}  # the versions that may be in use
         self._adapter_count = 0
+        self._policy: tuple[Adapter, list[Any]] | None = None
 
     async def start(self) -> None:
         """Starts all engines, and returns at once."""
@@ -150,6 +153,9 @@ class PoolActor:
                     failed = await self._push([engine], *self._weights)
                     if failed:
                         raise failed[engine]
+                if self._policy is not None:
+                    adapter, box = self._policy
+                    await actor.load_adapter.remote(adapter, None, box)
                 self._serving[index] = engine
         except BaseException:
             ray.kill(actor)
@@ -183,14 +189,53 @@ class PoolActor:
             await asyncio.gather(*self._starting.values())
         async with self._lock:
             failed = await self._push(list(self._serving.values()), version, box)
-            loaded = len(failed) < len(self._serving)
-            if loaded or not self._serving:
+            if self._any_took(failed):
                 self._weights = (version, box)
                 self._have_weights.set()
-            for engine, error in failed.items():
-                self._give_up(engine.index, engine.generation, str(error))
-        if failed and not loaded:
+
+    async def update_adapter(self, version: int, box: list[Any]) -> None:
+        """Gives all engines a new adapter of the policy; engines that start later get the newest.
+
+        An engine that fails meanwhile is replaced.
+
+        box: The reference to its files, in a list so that ray does not fetch them here.
+
+        Raises:
+            EngineError: no engine could load it.
+        """
+        if self._policy is None:  # the first start: its errors are the caller's
+            await asyncio.gather(*self._starting.values())
+        async with self._lock:
+            adapter, outdated = self._next_version(_POLICY, "", version)
+            engines = list(self._serving.values())
+            results = await asyncio.gather(
+                *(e.actor.load_adapter.remote(adapter, outdated, box) for e in engines),
+                return_exceptions=True,
+            )
+            if self._any_took(
+                {e: r for e, r in zip(engines, results, strict=True) if r is not None}
+            ):
+                self._policy = (adapter, box)
+                self._have_weights.set()
+
+    async def policy_adapter(self) -> Adapter:
+        """What the policy is sampled with, once there is anything."""
+        await self._have_weights.wait()
+        assert self._policy is not None
+        return self._policy[0]
+
+    def _any_took(self, failed: Mapping[Engine, Any]) -> bool:
+        """Whether what was given to all serving engines holds now; those that failed are replaced.
+
+        Raises:
+            EngineError: all of them failed.
+        """
+        loaded = len(failed) < len(self._serving) or not self._serving
+        for engine, error in failed.items():
+            self._give_up(engine.index, engine.generation, str(error))
+        if not loaded:
             raise EngineError(f"no engine took new weights: {next(iter(failed.values()))}")
+        return True
 
     async def _push(
         self, engines: list[Engine], version: int, box: list[Any]
@@ -303,19 +348,25 @@ class PoolActor:
                 f"adapter {name!r} is one too many: the engines were started for {limit} at once; "
                 "set engine_config to {'enable_lora': True, 'max_loras': ..., 'max_lora_rank': ...}"
             )
+        adapter, outdated = self._next_version(name, path)
+        await self.call_all("load_adapter", adapter, outdated)
+        return adapter
+
+    def _next_version(self, name: str, path: str, version: int = 0) -> tuple[Adapter, int | None]:
+        """A new version of an adapter, and the number of the one that is to be dropped for it."""
         self._adapter_count += 1
-        adapter = Adapter(f"{name}@{self._adapter_count}", self._adapter_count, path)
+        adapter = Adapter(f"{name}@{self._adapter_count}", self._adapter_count, path, version)
         versions = [*self._adapters.get(name, []), adapter]
         outdated = versions.pop(0).number if len(versions) > VERSIONS_OF_ADAPTER else None
-        await self.call_all("load_adapter", adapter, outdated)
         self._adapters[name] = versions
-        return adapter
+        return adapter, outdated
 
     # Life.
 
     async def report(self) -> PoolReport:
         """Counts for metrics and tests."""
         version = self._weights[0] if self._weights else None
+        version = self._policy[0].version if self._policy else version
         engines = list(self._serving.values())
         return PoolReport(len(engines), self._replaced, version, engines)
 

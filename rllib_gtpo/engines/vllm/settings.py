@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rllib_gtpo.engines.vllm.install import engine_argument_names, installed_version
 from rllib_gtpo.errors import ConfigError, did_you_mean
-from rllib_gtpo.models import architecture_of, load_config, max_positions
+from rllib_gtpo.lora import LoRASettings
+from rllib_gtpo.models import architecture_of, load_config, load_model, max_positions
 
 if TYPE_CHECKING:
     from rllib_gtpo.config import GTPOConfig
@@ -30,6 +31,7 @@ _OURS = {
     "distributed_executor_backend": "each engine is one actor with its workers in it",
 }
 VERSIONS_OF_ADAPTER = 2  # the newest, and the one that requests in flight may have
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has slots for
 _CPU_KV_BYTES = 256 << 20
 _CPU_BATCHED_TOKENS = 4096
 
@@ -39,6 +41,7 @@ class EngineSettings:
     """What an engine is made of.
 
     options: The user's engine_config.  truncates: whether requests may have a top_p below 1.
+    lora: Of the policy, whose model the engines then load or make themselves, from `seed`.
     """
 
     model: Any
@@ -49,6 +52,8 @@ class EngineSettings:
     cpu: bool
     truncates: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    lora: LoRASettings | None = None
+    seed: int = 0
 
     @classmethod
     def of(cls, config: GTPOConfig) -> EngineSettings:
@@ -63,6 +68,8 @@ class EngineSettings:
             cpu=installed_version()[1],
             truncates=config.top_p < 1.0,
             options=dict(config.engine_config),
+            lora=LoRASettings.of(config.lora),
+            seed=config.seed or 0,
         )
 
     @property
@@ -78,6 +85,8 @@ class EngineSettings:
     @property
     def adapters(self) -> int:
         """LoRA adapters that may be in use at once."""
+        if self.lora is not None:
+            return 1
         return int(self.options.get("max_loras", 1)) if self.options.get("enable_lora") else 0
 
     def resources(self) -> dict[str, float]:
@@ -123,9 +132,14 @@ class EngineSettings:
             "worker_extension_cls": "rllib_gtpo.engines.vllm.worker.WorkerExtension",
         }
         if isinstance(self.model, Mapping):
-            config.architectures = [architecture_of(config)]
-            config.save_pretrained(scratch)
-            arguments |= {"model": str(scratch), "load_format": "dummy"}
+            arguments["model"] = str(scratch)
+            if self.lora is None:  # the learners' weights come before anything is sampled
+                config.architectures = [architecture_of(config)]
+                config.save_pretrained(scratch)
+                arguments["load_format"] = "dummy"
+            else:
+                made = {"dtype": self.dtype, "seed": self.seed, "tokenizer": self.tokenizer}
+                load_model(self.model, **made).save_pretrained(scratch)
         else:
             path = Path(self.model).expanduser()
             arguments["model"] = str(path if path.exists() else self.model)
@@ -142,6 +156,9 @@ class EngineSettings:
             }
         own = {k: v for k, v in self.options.items() if k != "weight_transfer"}
         arguments |= own
+        if self.lora is not None:
+            rank = next(r for r in LORA_RANKS if r >= self.lora.rank)
+            arguments |= {"enable_lora": True, "max_lora_rank": rank}
         if self.adapters:
             # One slot stays free: with all taken, vLLM lets requests without an adapter use one.
             arguments["max_loras"] = self.adapters * VERSIONS_OF_ADAPTER + 1
@@ -214,10 +231,30 @@ def check_vllm(config: GTPOConfig) -> None:
             f"engine_config weight_transfer={backend!r} cannot read the parts that "
             "strategy='deepspeed' keeps: leave it out, or use strategy='fsdp2'."
         )
+    if config.lora is not None:
+        _check_lora(config, backend)
     if backend == "ipc" and _workers(options) > 1:
         raise ConfigError(
             "engine_config weight_transfer='ipc' is for engines of one device, which a learner "
             "shares: leave out tensor_parallel_size and pipeline_parallel_size, or use 'nccl'."
+        )
+
+
+def _check_lora(config: GTPOConfig, backend: str) -> None:
+    """What the policy's adapter decides or needs."""
+    lora = LoRASettings.of(config.lora)
+    for name in ("enable_lora", "max_loras", "max_lora_rank"):
+        if name in config.engine_config:
+            raise ConfigError(f"engine_config has {name!r}: language_model(lora=...) decides it.")
+    if backend != SHARED_MEMORY:
+        raise ConfigError(
+            f"engine_config weight_transfer={backend!r} has no effect with lora, whose adapter "
+            "reaches the engines as files: leave it out."
+        )
+    if lora is not None and lora.rank > LORA_RANKS[-1]:
+        raise ConfigError(
+            f"lora.rank={lora.rank}: vLLM serves at most {LORA_RANKS[-1]}; lower it, or use "
+            "engine='hf'."
         )
 
 
