@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rllib_gtpo.errors import ConfigError
+
 EXIT_CODES = """\
 exit codes:
   0  done            1  failed while training     2  bad input (file, option, setting)
@@ -44,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     actions.add_parser("list", help="list the tuned examples").set_defaults(run=_example_list)
     _add_convert(commands)
     _add_export(commands)
+    _add_report(commands)
     return parser
 
 
@@ -139,6 +142,19 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(run=_export)
 
 
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="show why turns got the credit that they got",
+        description="Write one HTML file, which needs no network: a run's learning curves, its "
+        "recorded groups turn by turn, and what other estimators would have said of them.",
+    )
+    parser.add_argument("source", metavar="RUN|CHECKPOINT", help="a directory, or s3://...")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
+    parser.add_argument("--terminal", action="store_true", help="print the main things instead")
+    parser.set_defaults(run=_report)
+
+
 def _add_paths(parser: argparse.ArgumentParser, source: str, target: str) -> None:
     """What a command reads and what it makes, by the names that its help gives them."""
     for name, shown in (("source", source), ("target", target)):
@@ -195,6 +211,21 @@ def _export(args: argparse.Namespace) -> int:
     silence()
     chosen = {"dtype": args.dtype, "push_to": args.push, "adapter": args.adapter}
     print(export(args.source, args.target, **chosen))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from rllib_gtpo.command.quiet import silence
+
+    silence()
+    from rllib_gtpo.report import build_report, print_report
+
+    if args.terminal and args.out is not None:
+        raise ConfigError("--out names the HTML file: leave out --terminal, or --out.")
+    if args.terminal:
+        print_report(args.source)
+    else:
+        print(build_report(args.source, args.out))
     return 0
 
 

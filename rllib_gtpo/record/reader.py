@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def load(
 
 
 def groups_of_rows(rows: Sequence[dict[str, Any]]) -> list[Group]:
-    """The groups of rows of one iteration, as far as the record has them: no tokens."""
+    """The groups of rows of one iteration; their tokens' ids, if the rows have `token_ids`."""
     groups: dict[int, Group] = {}
     for row in rows:
         trajectory = _trajectory(row)
@@ -152,11 +153,16 @@ def _tell(problem: str, problems: list[str] | None) -> None:
 
 
 def _trajectory(row: dict[str, Any]) -> Trajectory:
+    turns = [_turn(turn) for turn in row["turns"]]
+    ids = iter(row.get("token_ids") or ())
+    for turn, recorded in zip(turns, row["turns"], strict=True):
+        turn.prompt_ids = list(islice(ids, recorded["prompt_tokens"]))
+        turn.token_ids = list(islice(ids, recorded["sampled_tokens"]))
     return Trajectory(
         json.loads(row["task"]),
         row["group_id"],
         row["member"],
-        [_turn(turn) for turn in row["turns"]],
+        turns,
         None if row["stop_reason"] is None else StopReason(row["stop_reason"]),
         row["answer"],
         row["correct"],
