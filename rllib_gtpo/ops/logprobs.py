@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 TILE = 2**19  # logits of a tile: 2 MiB
 TILE_ON_DEVICE = 2**26  # where a tile is to fill an accelerator: 256 MiB
+KEPT = 2**22  # logits that are kept for backward if there are no more: 16 MiB
 
 
 def selected_logprobs(
@@ -35,9 +36,9 @@ def selected_logprobs(
     """log_softmax((hidden @ weight.T + bias) / temperature) at `targets`, tile by tile.
 
     Logits are made in the dtype of `hidden`, as the model's own head would (a weight of another
-    dtype is cast), and normalised in float32.  Backward makes them again, so peak memory is a few
-    tiles plus the gradients, which are summed in float32 whatever their dtype.  A weight that needs
-    no gradient costs none.  N = 0 works and backpropagates zeros.
+    dtype is cast), and normalised in float32.  Unless they are few, backward makes them again, so
+    peak memory is a few tiles plus the gradients, which are summed in float32 whatever their dtype.
+    A weight that needs no gradient costs none.  N = 0 works and backpropagates zeros.
 
     Args:
         hidden: [N, H], last hidden states of the positions that predict `targets`; select before.
@@ -84,20 +85,23 @@ class _SelectedLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logprobs_N, entropy_N, lse_N = hidden.new_zeros(3, len(hidden), dtype=dtype).unbind()
+        keep = len(hidden) * len(weight) <= KEPT and any(ctx.needs_input_grad)
+        kept: list[Tensor] = []
         for rows in _slices(len(hidden), chunk):
             lse_P, entropy_P = [], []
             for part in _parts(weight, hidden, chunk):
                 logits_CW = _logits(hidden[rows], weight[part], bias, part, temperature, dtype)
+                if keep:
+                    kept.append(logits_CW)
                 inside_C, place_C = _places(targets[rows], part)
                 picked_C = logits_CW.gather(1, place_C[:, None]).squeeze(1)
                 logprobs_N[rows] += picked_C.where(inside_C, 0.0)
                 most_C = logits_CW.amax(1)
-                logits_CW.sub_(most_C[:, None])
-                exp_CW = logits_CW.exp()
+                exp_CW = (logits_CW - most_C[:, None]).exp_()
                 sum_C = exp_CW.sum(1)
                 lse_P.append(most_C + sum_C.log())
                 if with_entropy:
-                    entropy_P.append(sum_C.log() - exp_CW.mul_(logits_CW).sum(1) / sum_C)
+                    entropy_P.append(lse_P[-1] - exp_CW.mul_(logits_CW).sum(1) / sum_C)
             lse_CP = torch.stack(lse_P, 1)
             lse_N[rows] = lse_CP.logsumexp(1)
             if with_entropy:  # of the parts' shares, and within each part
@@ -105,7 +109,7 @@ class _SelectedLogprobs(torch.autograd.Function):
                 within_CP = torch.stack(entropy_P, 1)
                 entropy_N[rows] = (log_share_CP.exp() * (within_CP - log_share_CP)).sum(1)
         logprobs_N -= lse_N
-        ctx.save_for_backward(hidden, weight, bias, targets, lse_N, entropy_N)
+        ctx.save_for_backward(hidden, weight, bias, targets, lse_N, entropy_N, *kept)
         ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
         ctx.set_materialize_grads(False)
         return logprobs_N.clone(), entropy_N.clone()
@@ -115,7 +119,7 @@ class _SelectedLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_N: Tensor | None, grad_entropy_N: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lse_N, entropy_N = ctx.saved_tensors
+        hidden, weight, bias, targets, lse_N, entropy_N, *kept = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dhidden = torch.empty_like(hidden) if wants_hidden else None
         dweight = torch.zeros_like(weight, dtype=ctx.dtype) if wants_weight else None
@@ -125,8 +129,11 @@ class _SelectedLogprobs(torch.autograd.Function):
             hidden_CH, grad_C = hidden[rows], grad_N[rows]
             dhidden_CH = torch.zeros_like(hidden_CH, dtype=ctx.dtype)
             for part in _parts(weight, hidden, ctx.chunk):
-                logp_CW = _logits(hidden_CH, weight[part], bias, part, ctx.temperature, ctx.dtype)
-                logp_CW.sub_(lse_N[rows, None])
+                if kept:
+                    logp_CW = kept.pop(0) - lse_N[rows, None]
+                else:
+                    arguments = (hidden_CH, weight[part], bias, part, ctx.temperature, ctx.dtype)
+                    logp_CW = _logits(*arguments).sub_(lse_N[rows, None])
                 if grad_entropy_N is None:
                     dlogits_CW = logp_CW.exp_().mul_(-grad_C[:, None])
                 else:  # dH/dlogit = -p (log p + H)

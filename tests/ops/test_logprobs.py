@@ -12,11 +12,17 @@ from rllib_gtpo.ops import logprobs as module
 from rllib_gtpo.ops.logprobs import selected_logprobs
 
 
-@pytest.fixture(params=[module.TILE, 6], ids=["one_part", "parts"], autouse=True)
+@pytest.fixture(
+    params=[(module.TILE, 0), (6, 0), (6, module.KEPT)],
+    ids=["one_part", "parts", "kept"],
+    autouse=True,
+)
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Every test with the whole vocabulary in a tile, and with a part of it."""
-    monkeypatch.setattr(module, "TILE", request.param)
-    return int(request.param)
+    """Every test with the whole vocabulary in a tile, with a part of it, and with logits kept."""
+    tile, kept = request.param
+    monkeypatch.setattr(module, "TILE", tile)
+    monkeypatch.setattr(module, "KEPT", kept)
+    return int(tile)
 
 
 def problem(
@@ -188,6 +194,7 @@ def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch, tile: int) -> N
         return made
 
     monkeypatch.setattr(module, "_logits", spy)
+    monkeypatch.setattr(module, "KEPT", 10 * 11 - 1)
     hidden, weight, _, targets = problem(n=10)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -196,6 +203,20 @@ def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch, tile: int) -> N
     widths = [2, 2, 2, 2, 2, 1] if tile == 6 else [11]
     assert seen == [(rows, width) for rows in (3, 3, 3, 1) for width in widths] * 2
     assert all(t.shape != (10, 11) for t in saved)
+
+
+def test_few_logits_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Tensor] = []
+    real = module._logits
+    monkeypatch.setattr(module, "_logits", lambda *args: made.append(real(*args)) or made[-1])
+    monkeypatch.setattr(module, "KEPT", 10 * 11)
+    hidden, weight, _, targets = problem(n=10)
+    got = selected_logprobs(hidden, weight, targets, chunk=3)[0]
+    once = len(made)
+    (first,) = torch.autograd.grad(got.sum(), weight, retain_graph=True)
+    (again,) = torch.autograd.grad(got.sum(), weight)
+    assert len(made) == once
+    assert torch.equal(first, again)
 
 
 @pytest.mark.parametrize(
