@@ -24,6 +24,15 @@ from transformers.masking_utils import sdpa_mask
 PACKED_ATTENTION = "rllib_gtpo_packed"
 
 
+class PackedLengths:
+    """Lengths of the sequences in a row, in order; an object, since torch.compile would compile a
+    layer anew for every other tuple of numbers."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = tuple(lengths)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -31,7 +40,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed_lengths: Sequence[int] | None = None,
+    packed_lengths: PackedLengths | None = None,
     packed_bounds: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -39,8 +48,10 @@ def packed_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers; without `packed_lengths` it is the stock one.
 
+    Compiled, it would be compiled for every combination of lengths anew.
+
     Args:
-        packed_lengths: of the sequences in the row, in order.
+        packed_lengths: of the sequences in the row.
         packed_bounds: their cumulative sum from 0 on, int32, on the device.
     """
     if packed_lengths is None or packed_bounds is None:
@@ -50,7 +61,7 @@ def packed_attention(
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn
 
-        longest = max(packed_lengths)
+        longest = max(packed_lengths.lengths)
         q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
         out_THD: Any = varlen_attn(
             q_THD,
@@ -65,7 +76,7 @@ def packed_attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return out_THD.unsqueeze(0), None
-    runs = [(length, len(list(same))) for length, same in groupby(packed_lengths)]
+    runs = [(length, len(list(same))) for length, same in groupby(packed_lengths.lengths)]
     # `split`, not slices: the gradient of each slice would be a row of zeros as long as all of it.
     parts = [x[0].split([n * length for length, n in runs], dim=1) for x in (query, key, value)]
     outs = []

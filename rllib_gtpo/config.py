@@ -72,6 +72,8 @@ class GTPOConfig(AlgorithmConfig):
         # learners
         self.strategy = "auto"
         self.strategy_options: dict[str, Any] = {}
+        self.activation_checkpointing = False
+        self.torch_compile = False
         # training
         self.lr = 1e-6
         self.gamma = DEFAULT_GAMMA
@@ -157,7 +159,8 @@ class GTPOConfig(AlgorithmConfig):
             model: A directory, a hub id, or a dict with which a model is made from scratch.
             tokenizer: The same for the tokenizer; None takes the model's.
             chat_template: Text or file of a template, in place of the tokenizer's.
-            dtype: "float32" or "bfloat16".
+            dtype: "float32" or "bfloat16", of what learners and engines compute with.  Learners
+                step on float32 weights even so, or small updates would be rounded away.
             call_format: How the policy writes tool calls: "hermes", "llama3_json", "mistral",
                 "mistral_args", "qwen3_coder", "glm", "response_template" (the tokenizer's own),
                 "auto" (what the chat template writes), "fenced", or one of your own
@@ -235,6 +238,8 @@ class GTPOConfig(AlgorithmConfig):
         *,
         strategy: str = NotProvided,
         strategy_options: dict[str, Any] = NotProvided,
+        activation_checkpointing: bool = NotProvided,
+        torch_compile: bool = NotProvided,
         **rllib: Any,
     ) -> GTPOConfig:
         """How the model is spread over learners.
@@ -243,10 +248,18 @@ class GTPOConfig(AlgorithmConfig):
             strategy: "single", "ddp", "fsdp2", "deepspeed"; "auto": "ddp" for two learners or
                 more.
             strategy_options: fsdp2: offload.  deepspeed: stage (1, 2, 3), offload, config.
+            activation_checkpointing: Keep the inputs of layers only, and compute each layer again
+                in the backward pass: about a third more time for much less memory.
+            torch_compile: Compile each layer; on CPU this needs a C++ compiler.
             **rllib: RLlib's own: num_learners, num_gpus_per_learner, ...
         """
         super().learners(**rllib)
-        return self._set(strategy=strategy, strategy_options=strategy_options)
+        return self._set(
+            strategy=strategy,
+            strategy_options=strategy_options,
+            activation_checkpointing=activation_checkpointing,
+            torch_compile=torch_compile,
+        )
 
     def training(
         self,
@@ -451,7 +464,14 @@ class GTPOConfig(AlgorithmConfig):
         """How the model is spread over learners."""
         from rllib_gtpo.strategies import build_strategy
 
-        return build_strategy(self.strategy, self.strategy_options, self.num_learners, self.dtype)
+        return build_strategy(
+            self.strategy,
+            self.strategy_options,
+            self.num_learners,
+            self.dtype,
+            # An adapter's weights are float32 already.
+            master_weights=self.dtype == "bfloat16" and self.lora is None,
+        )
 
     def build_engine(self, module: Any) -> RolloutEngine:
         """What an env runner samples with; `module`: the runner's RLModule."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rllib_gtpo.attention import PACKED_ATTENTION, why_not_packed
+from rllib_gtpo.attention import PACKED_ATTENTION, PackedLengths, why_not_packed
 from rllib_gtpo.ops.logprobs import selected_logprobs
 from rllib_gtpo.packing import NOT_TRAINED, TokenBatch, TokenSequence, collate
 
@@ -45,7 +45,7 @@ def hidden_states(model: Any, tokens: TokenBatch) -> Tensor:
     if tokens.lengths is not None:
         packed = {
             "position_ids": tokens.position_ids_BT,
-            "packed_lengths": tokens.lengths,
+            "packed_lengths": PackedLengths(tokens.lengths),
             "packed_bounds": tokens.bounds,
         }
     decoder = model.get_decoder()

@@ -50,6 +50,8 @@ class LLMModule(TorchRLModule):
         self.temperature: float = settings["temperature"]
         self.sharding: Strategy | None = None  # of a learner that holds only a part
         self.whole: dict[str, Tensor] = {}  # then: the weights as they were last gathered
+        self.masters: dict[Any, Tensor] = {}  # float32 weights of parameters that are bfloat16
+        self.engine_dtype: torch.dtype | None = None  # of what engines get, if it is not its own
 
     @property
     def vocab_size(self) -> int:
@@ -84,8 +86,16 @@ class LLMModule(TorchRLModule):
         once."""
         state = self.whole
         if self.sharding is None:
-            state = {n: value.detach().to("cpu", copy=True) for n, value in named_tensors(self)}
+            state = {
+                name: self.masters.get(value, value).detach().to("cpu", copy=True)
+                for name, value in named_tensors(self)
+            }
         if inference_only:
+            if self.engine_dtype is not None:
+                state = {
+                    name: value.to(self.engine_dtype) if value.is_floating_point() else value
+                    for name, value in state.items()
+                }
             self.synced_bytes = sum(value.nbytes for value in state.values())
         return state
 
@@ -95,11 +105,13 @@ class LLMModule(TorchRLModule):
         if self.sharding is not None:
             self.sharding.load_weights(self, state)
             return
-        own = self.state_dict()
+        own = self.state_dict(keep_vars=True)
         self.check_state(state, {name: tuple(value.shape) for name, value in own.items()})
         with torch.no_grad():
             for name, value in state.items():
                 own[name].copy_(value)
+                if own[name] in self.masters:
+                    self.masters[own[name]].copy_(value)
 
     @staticmethod
     def check_state(state: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -6,6 +6,7 @@ know how a model is spread over learners.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 from rllib_gtpo.engines.vllm import pack_state
 from rllib_gtpo.engines.vllm.device import DeviceSender, Members
 from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.layers import checkpoint_activations, compile_layers
 from rllib_gtpo.lora import adapter_files
 from rllib_gtpo.strategies import Strategy
 
@@ -54,21 +56,35 @@ class StrategyLearner(TorchLearner):
 
     def _make_module(self) -> Any:
         """RLlib's, switched to packed batches and cut into shards before there are optimizers."""
+        if self._strategy.master_weights:
+            self._build_module_in_float32()
         module = super()._make_module()
         self._packed = module[DEFAULT_MODULE_ID].pack()
+        if self.config.torch_compile:
+            compile_layers(module[DEFAULT_MODULE_ID].model, self._device)
+        if self.config.activation_checkpointing:
+            checkpoint_activations(module[DEFAULT_MODULE_ID].model)
+        if self._strategy.master_weights:
+            module[DEFAULT_MODULE_ID].engine_dtype = torch.bfloat16
         self._strategy.shard(module[DEFAULT_MODULE_ID])
         if self._strategy.sharded:
             module[DEFAULT_MODULE_ID].sharding = self._strategy
         return module
 
+    def _build_module_in_float32(self) -> None:
+        spec = copy.deepcopy(self._module_spec)  # type: ignore[has-type]
+        for of_module in spec.rl_module_specs.values():
+            of_module.model_config = {**of_module.model_config, "dtype": "float32"}
+        self._module_spec = spec
+
     def _make_modules_ddp_if_necessary(self) -> None:
         """Only if that is the strategy."""
-        if self._strategy.name == "ddp":
+        if self._strategy.name == "ddp" and not self._strategy.master_weights:
             super()._make_modules_ddp_if_necessary()
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
         """One optimizer for RL, following `lr`, and one for the cold start, driven step by step."""
-        parameters = self.get_parameters(self._module[module_id])
+        parameters = self._strategy.optimized(self.get_parameters(self._module[module_id]))
         optimizer = self.config.build_optimizer(parameters)
         self._strategy.prepare(self._module[module_id], optimizer)
         self.register_optimizer(

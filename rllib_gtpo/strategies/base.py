@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rllib_gtpo.errors import ConfigError, GTPOError, did_you_mean
+from rllib_gtpo.strategies.master import (
+    Masters,
+    average_gradients,
+    make_masters,
+    round_into_module,
+)
 
 State = dict[str, Tensor]
 Shards = dict[str, bytes]  # the files that a learner writes for a checkpoint, by name
@@ -30,8 +36,12 @@ class Strategy:
     options: ClassVar[Mapping[str, Any]] = {}  # names and defaults of `strategy_options`
     sharded: ClassVar[bool] = False  # whether a learner holds only its part
     one_optimizer: ClassVar[bool] = False  # whether the cold start must share the policy's
+    own_masters: ClassVar[bool] = False  # whether it keeps float32 weights by itself
 
-    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, options: Mapping[str, Any] | None = None, *, master_weights: bool = False
+    ) -> None:
+        """master_weights: The model is given in float32, and computes in bfloat16."""
         given = dict(options or {})
         for key in given:
             if key not in self.options:
@@ -40,12 +50,20 @@ class Strategy:
                     f"{did_you_mean(key, self.options)}."
                 )
         self.chosen: dict[str, Any] = {**self.options, **given}
+        self.master_weights = master_weights
+        self._masters: Masters = {}
 
     def setup_process(self, rank: int, world: int, device: torch.device) -> None:
         """Before anything is built."""
 
     def shard(self, module: Any) -> None:
         """Before optimizers are made over the module's parameters."""
+        if self.master_weights:
+            self._masters = module.masters = make_masters(module)
+
+    def optimized(self, parameters: Sequence[Any]) -> list[Any]:
+        """What an optimizer of these parameters of the module steps on."""
+        return [self._masters.get(parameter, parameter) for parameter in parameters]
 
     def prepare(self, module: Any, optimizer: torch.optim.Optimizer) -> None:
         """After the policy's optimizer was made."""
@@ -69,6 +87,8 @@ class Strategy:
 
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None) -> float:
         """Clips by global norm and steps, unless the norm is not finite; the norm before."""
+        if self._masters:
+            average_gradients(list(self._masters.values()))
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         if not parameters:
             return 0.0
@@ -76,6 +96,7 @@ class Strategy:
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if norm == norm and norm != float("inf"):
             optimizer.step()
+            round_into_module(self._masters)
         optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -91,7 +112,8 @@ class Strategy:
 
     def make_reference(self, module: Any, build: Callable[[], Any]) -> Any:
         """A copy of the module as it is now; `build` makes a new one of the same kind."""
-        return copy.deepcopy(module)
+        without: Any = {id(module.masters): {}}
+        return copy.deepcopy(module, without)
 
     def reference_forward(self, reference: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         """`forward` of what `make_reference` made."""
@@ -142,7 +164,12 @@ def strategy_name(name: str, num_learners: int) -> str:
 
 
 def build_strategy(
-    name: str, options: Mapping[str, Any], num_learners: int, dtype: str = "float32"
+    name: str,
+    options: Mapping[str, Any],
+    num_learners: int,
+    dtype: str = "float32",
+    *,
+    master_weights: bool = False,
 ) -> Strategy:
     """The strategy of that name.
 
@@ -170,12 +197,13 @@ def build_strategy(
     if name == "fsdp2":
         from rllib_gtpo.strategies.fsdp2 import FSDP2
 
-        return FSDP2(options)
+        return FSDP2(options, master_weights=master_weights)
     if name == "deepspeed":
         from rllib_gtpo.strategies.zero import ZeRO
 
         return ZeRO(options, dtype)
-    return DDP(options) if name == "ddp" else Strategy(options)
+    whole = DDP if name == "ddp" else Strategy
+    return whole(options, master_weights=master_weights)
 
 
 def named_tensors(module: Any) -> list[tuple[str, Tensor]]:

@@ -9,9 +9,15 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rllib_gtpo.layers import decoder_layers
 from rllib_gtpo.strategies.base import State, Strategy, named_tensors, own_group
 
 
@@ -27,11 +33,20 @@ class FSDP2(Strategy):
         own_group(device)
 
     def shard(self, module: Any) -> None:
-        """Layer by layer, then the rest."""
-        policy: Any = CPUOffloadPolicy() if self.chosen["offload"] else OffloadPolicy()
-        for layer in decoder_layers(module):
-            fully_shard(layer, offload_policy=policy)
-        fully_shard(module, offload_policy=policy)
+        """Layer by layer, then the rest.
+
+        With master weights the slices are float32, and so are sums of gradients; what is gathered
+        is bfloat16.
+        """
+        offload: Any = CPUOffloadPolicy() if self.chosen["offload"] else OffloadPolicy()
+        precision: dict[str, Any] = {}
+        if self.master_weights:
+            precision = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+        for layer in decoder_layers(module.model):
+            policy = MixedPrecisionPolicy(**precision)
+            fully_shard(layer, offload_policy=offload, mp_policy=policy)
+        policy = MixedPrecisionPolicy(**precision, cast_forward_inputs=False)  # log-probabilities
+        fully_shard(module, offload_policy=offload, mp_policy=policy)
 
     def forward(self, module: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Through the module's call, whose hooks gather the parameters."""
@@ -89,13 +104,6 @@ class FSDP2(Strategy):
         from rllib_gtpo.strategies.shards import save_optimizers
 
         save_optimizers(optimizers, folder)
-
-
-def decoder_layers(module: Any) -> Any:
-    """The blocks of a causal LM, whatever wraps it."""
-    decoder = module.model.get_decoder()
-    lists = [m for m in decoder.children() if isinstance(m, torch.nn.ModuleList)]
-    return max(lists, key=len)
 
 
 def as_sharded(value: Tensor, like: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class ZeRO(Strategy):
     options: ClassVar[Mapping[str, Any]] = {"stage": 2, "offload": False, "config": {}}
     sharded = True
     one_optimizer = True
+    own_masters = True
 
     def __init__(self, options: Mapping[str, Any] | None = None, dtype: str = "float32") -> None:
         super().__init__(options)
@@ -70,9 +71,12 @@ class ZeRO(Strategy):
             "bf16": {"enabled": self.dtype == "bfloat16"},
         }
         config = _merged(config, self.chosen["config"])
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, dist_init_required=False, config=config
         )
+        for name, buffer in module.named_buffers():
+            buffer.data = buffers[name]  # it makes rotary frequencies bfloat16, too
         self._zero = self._engine.optimizer
         self._zero.check_grad_overflow = True  # else NaN would be stepped on in float32
 
