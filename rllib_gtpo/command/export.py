@@ -164,7 +164,7 @@ def _save_model(module: Any, folder: Path, config: Any, codec: Any, dtype: str |
     import torch
 
     model = module.model
-    wanted = model.dtype if dtype is None else getattr(torch, dtype)
+    wanted = getattr(torch, dtype or config.dtype)  # a checkpoint of bfloat16 holds float32
     if module.peft_config is not None:
         if wanted == torch.float32:  # before the adapter is rounded
             model = model.to(wanted)
