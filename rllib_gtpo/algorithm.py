@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,14 @@ from rllib_gtpo.errors import Interrupted
 from rllib_gtpo.group_rollout import GroupJob
 from rllib_gtpo.metrics import rollout_metrics, staleness_metrics, straggler_metrics
 from rllib_gtpo.packing import shard_groups
+from rllib_gtpo.placement import (
+    DROP_WEIGHTS,
+    KEEP_WEIGHTS,
+    SHARED,
+    Turns,
+    reserve,
+    with_engines,
+)
 from rllib_gtpo.progress import Progress, RolloutProgress
 from rllib_gtpo.record.location import Location
 from rllib_gtpo.record.recorder import Recorder
@@ -87,6 +95,8 @@ class GTPO(Algorithm):
         self._credit_rule = config.build_credit_rule()
         self._evaluated: tuple[tuple[int, int], float] | None = None  # training done, accuracy
         self.engines: EnginePool | None = None  # of vLLM
+        self._turns: Turns | None = None  # of engines and learners on the same devices
+        self._bundles: Any = None  # a placement group of this run's own
         self.run_directory: str | None = None  # of `rllib train`, instead of RLlib's own
         self._recorder = Recorder.of(config)
         if config.engine != "vllm":
@@ -102,9 +112,17 @@ class GTPO(Algorithm):
 
     def _start_engines(self) -> None:
         """Starts vLLM, and tells all runners where to find it."""
-        self.engines = EnginePool.start(EngineSettings.of(self.config))
+        settings = EngineSettings.of(self.config)
+        if self.config.placement == SHARED:
+            bundles, self._bundles = reserve(self._learner_bundles(self.config))
+            settings = replace(settings, bundles=bundles)
+        self.engines = EnginePool.start(settings)
+        if self.config.placement == SHARED:
+            # Of a model with an adapter, learners send no more than that.
+            self._turns = Turns(self.engines, KEEP_WEIGHTS if settings.lora else DROP_WEIGHTS)
         self.config = self.config.copy(copy_frozen=False)
         self.config.engine_pool = self.engines.name
+        self.config.learner_bundles = self._bundles
         self.config.freeze()
 
     def _give_engines_the_weights(self) -> None:
@@ -118,6 +136,9 @@ class GTPO(Algorithm):
         if self.engines is not None:
             self.engines.stop()
             self.engines = None
+        if self._bundles is not None:
+            ray.util.remove_placement_group(self._bundles)
+            self._bundles = None
 
     def cleanup(self) -> None:
         """RLlib's, and the engines."""
@@ -128,16 +149,25 @@ class GTPO(Algorithm):
 
     @classmethod
     def default_resource_request(cls, config: Any) -> Any:
-        """RLlib's, and the devices of the engines; behind the others, which count by position."""
+        """RLlib's, and the devices of the engines; see `placement.with_engines`."""
         request = super().default_resource_request(config)
         settings: Any = cls.get_default_config().update_from_dict(config)
         if settings.engine != "vllm":
             return request
-        engine = EngineSettings.of(settings).resources()
-        bundles = [engine] * settings.num_engines if any(engine.values()) else []
-        return PlacementGroupFactory(
-            [*request.bundles, *bundles], strategy=settings.placement_strategy
+        bundles = with_engines(
+            request.bundles,
+            EngineSettings.of(settings).resources(),
+            settings.num_engines,
+            shared=settings.placement == SHARED,
         )
+        return PlacementGroupFactory(bundles, strategy=settings.placement_strategy)
+
+    @classmethod
+    def _learner_bundles(cls, config: Any) -> list[dict[str, float]]:
+        """Those that learners share with engines: the last ones of a request."""
+        request = cls.default_resource_request(config.copy(copy_frozen=False))
+        bundles: list[dict[str, float]] = request.bundles[-config.num_learners :]
+        return bundles
 
     @property
     def cold_start(self) -> ColdStart | None:
@@ -235,6 +265,7 @@ class GTPO(Algorithm):
 
     def _update_learners(self, step: Step) -> None:
         """Whole groups to each learner, balanced by tokens."""
+        self._learners_turn()
         timesteps = {
             NUM_ENV_STEPS_SAMPLED_LIFETIME: self.metrics.peek(
                 (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0
@@ -307,6 +338,8 @@ class GTPO(Algorithm):
     def _give_weights_to(self, engines: EnginePool) -> None:
         """Once, however many env runners use the engines; those learn the version only."""
         settings = engines.settings
+        if self._turns is not None:
+            self._turns.weights()
         if settings.weight_transfer == SHARED_MEMORY:
             version, packed = call_learners(self.learner_group, "publish_weights")[0]
             update = engines.update_weights if settings.lora is None else engines.update_adapter
@@ -315,8 +348,15 @@ class GTPO(Algorithm):
             with engines.device_update() as members:
                 sent = (settings.weight_transfer, engines.name, members, settings.workers)
                 version = call_learners(self.learner_group, "send_weights", *sent)[0]
+        if self._turns is not None:
+            self._turns.engines()
         state = {COMPONENT_RL_MODULE: {}, WEIGHTS_SEQ_NO: version}
         self.env_runner_group.foreach_env_runner(lambda runner: runner.set_state(state))
+
+    def _learners_turn(self) -> None:
+        """Engines on the learners' devices sleep until they get weights."""
+        if self._turns is not None:
+            self._turns.learners()
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """Logs numbers under their slash names, each iteration for itself."""
@@ -332,6 +372,7 @@ class GTPO(Algorithm):
         if start is None or made.cold_start_done:
             return
 
+        self._learners_turn()
         began = time.perf_counter()
         with Progress(
             "cold start", start.steps, start=made.cold_start.steps, enabled=self.config.progress

@@ -15,6 +15,7 @@ from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.lora import check_lora
 from rllib_gtpo.ops.advantages import ESTIMATORS
 from rllib_gtpo.ops.losses import Objective
+from rllib_gtpo.placement import PLACEMENTS, SHARED
 from rllib_gtpo.record.settings import RecordSettings
 from rllib_gtpo.rewards.embedders import build_embedder
 from rllib_gtpo.rewards.shaping import INPUTS, MODES, ON_FAILURE
@@ -113,8 +114,15 @@ def _credit(config: GTPOConfig) -> None:
 def _sampling(config: GTPOConfig) -> None:
     if config.engine not in _ENGINES:
         raise ConfigError(_one_of("engine", config.engine, _ENGINES))
+    if config.placement not in PLACEMENTS:
+        raise ConfigError(_one_of("placement", config.placement, PLACEMENTS))
     if config.engine == "vllm":
         check_vllm(config)
+    elif config.placement == SHARED:
+        raise ConfigError(
+            "placement='shared' has no effect with engine='hf', whose model is in the env runners: "
+            "use engine='vllm', or leave it out."
+        )
     if config.temperature <= 0.0:
         raise ConfigError(
             f"temperature={config.temperature}: training samples need a temperature above 0, "

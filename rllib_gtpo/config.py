@@ -45,6 +45,7 @@ class GTPOConfig(AlgorithmConfig):
     ALGORITHM: ClassVar[str] = "GTPO"
     ESTIMATOR: ClassVar[str] = "gtpo"
     engine_pool: str | None = None  # the name of the vLLM engines, set by who starts them
+    learner_bundles: Any = None  # the placement group of learners, if they share it with engines
 
     def __init__(self, algo_class: Any = None) -> None:
         super().__init__(algo_class=algo_class or self._algorithm_class())
@@ -60,6 +61,7 @@ class GTPOConfig(AlgorithmConfig):
         self.engine = "hf"
         self.engine_config: dict[str, Any] = {}
         self.num_engines = 1
+        self.placement = "separate"
         self.temperature = 1.0
         self.top_p = 1.0
         self.max_turns: int | None = None
@@ -188,6 +190,7 @@ class GTPOConfig(AlgorithmConfig):
         engine: str = NotProvided,
         engine_config: dict[str, Any] = NotProvided,
         num_engines: int = NotProvided,
+        placement: str = NotProvided,
         temperature: float = NotProvided,
         top_p: float = NotProvided,
         max_turns: int | None = NotProvided,
@@ -205,6 +208,8 @@ class GTPOConfig(AlgorithmConfig):
             engine_config: Keyword arguments of rllib_gtpo.engines.hf.HFEngine, or those of vLLM's
                 AsyncEngineArgs and "weight_transfer"; see docs/vllm.md.
             num_engines: How many vLLM engines all env runners share.
+            placement: "separate", vLLM engines on devices of their own, or "shared": each has the
+                device of a learner, and sleeps while that one works; see docs/placement.md.
             temperature: Of sampling, and of the log-probabilities that are trained.
             top_p: Nucleus sampling; below 1 the sampler is no longer the policy, see the docs.
             max_turns: Most turns of a trajectory; None leaves it to the environment.
@@ -222,6 +227,7 @@ class GTPOConfig(AlgorithmConfig):
             engine=engine,
             engine_config=engine_config,
             num_engines=num_engines,
+            placement=placement,
             temperature=temperature,
             top_p=top_p,
             max_turns=max_turns,
@@ -472,6 +478,10 @@ class GTPOConfig(AlgorithmConfig):
             # An adapter's weights are float32 already.
             master_weights=self.dtype == "bfloat16" and self.lora is None,
         )
+
+    def build_learner_group(self, **kwargs: Any) -> Any:
+        """RLlib's, in the placement group that learners share with engines, if there is one."""
+        return super().build_learner_group(**{"placement_group": self.learner_bundles, **kwargs})
 
     def build_engine(self, module: Any) -> RolloutEngine:
         """What an env runner samples with; `module`: the runner's RLModule."""

@@ -68,6 +68,7 @@ class SFT(GTPO):
         start = self.cold_start
         assert start is not None
         data = self.load_demonstrations(start)
+        self._learners_turn()
         made = self.progress_made.cold_start
         end = min(made.steps + self.config.steps_per_iteration, start.steps)
         began = time.perf_counter()

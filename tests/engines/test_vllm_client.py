@@ -381,9 +381,6 @@ def test_engines_take_devices_of_a_gpu_build(monkeypatch):
 
     assert resources(**two) == {"CPU": 1, "GPU": 2}
     assert resources(weight_transfer="nccl", **two) == {"CPU": 1, "GPU": 2}
-    assert resources(weight_transfer="ipc") == {"CPU": 1, "GPU": 0.5}
-    with pytest.raises(ConfigError, match="engines of one device"):
-        resources(weight_transfer="ipc", **two)
     with pytest.raises(ConfigError, match="use strategy='fsdp2'"):
         check_vllm(config(engine_config={"weight_transfer": "nccl"}).learners(strategy="deepspeed"))
 

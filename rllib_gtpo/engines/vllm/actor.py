@@ -299,9 +299,9 @@ class EngineActor:
         """Gives the device's memory back until `wake`; requests in flight are aborted."""
         await self._engine.sleep(level)
 
-    async def wake(self) -> None:
-        """Ends `sleep`."""
-        await self._engine.wake_up()
+    async def wake(self, tags: list[str] | None = None) -> None:
+        """Ends `sleep`, of all memory or only of that for "weights" or "kv_cache"."""
+        await self._engine.wake_up(tags)
 
     async def check_health(self) -> None:
         """Raises if the engine cannot serve."""

@@ -91,9 +91,12 @@ class EnginePool:
         """
         _get(self._actor.call_all.remote("sleep", level))
 
-    def wake(self) -> None:
-        """Ends `sleep`.  After level 2, update the weights before anything is sampled."""
-        _get(self._actor.call_all.remote("wake"))
+    def wake(self, tags: list[str] | None = None) -> None:
+        """Ends `sleep`, of all memory or only of that for "weights" or "kv_cache".
+
+        After level 2, update the weights before anything is sampled.
+        """
+        _get(self._actor.call_all.remote("wake", tags))
 
     def stop(self) -> None:
         """Ends engines and pool; nothing of them is left on any node."""

@@ -139,6 +139,7 @@ class PoolActor:
                 num_gpus=resources.pop("GPU", 0),
                 max_concurrency=2000,
                 runtime_env={"env_vars": self._settings.environment()},
+                **self._settings.place(index),
             )
             .remote(self._settings)
         )

@@ -12,6 +12,7 @@ from rllib_gtpo.engines.vllm.install import engine_argument_names, installed_ver
 from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.lora import LoRASettings
 from rllib_gtpo.models import architecture_of, load_config, load_model, max_positions
+from rllib_gtpo.placement import SHARED, Bundles, check_shared
 
 if TYPE_CHECKING:
     from rllib_gtpo.config import GTPOConfig
@@ -29,6 +30,7 @@ _OURS = {
     "weight_transfer_config": "set weight_transfer to one of " + ", ".join(BACKENDS),
     "generation_config": "sampling is set with rollouts(...)",
     "distributed_executor_backend": "each engine is one actor with its workers in it",
+    "enable_sleep_mode": "set rollouts(placement='shared')",
 }
 VERSIONS_OF_ADAPTER = 2  # the newest, and the one that requests in flight may have
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has slots for
@@ -42,6 +44,9 @@ class EngineSettings:
 
     options: The user's engine_config.  truncates: whether requests may have a top_p below 1.
     lora: Of the policy, whose model the engines then load or make themselves, from `seed`.
+    learner_share: What a learner takes of the device that it has in turns with an engine; None if
+        engines have devices of their own.
+    bundles: Where engines are started, each in the placement group's bundle of its number.
     """
 
     model: Any
@@ -54,6 +59,8 @@ class EngineSettings:
     options: dict[str, Any] = field(default_factory=dict)
     lora: LoRASettings | None = None
     seed: int = 0
+    learner_share: float | None = None
+    bundles: Bundles | None = None
 
     @classmethod
     def of(cls, config: GTPOConfig) -> EngineSettings:
@@ -70,6 +77,7 @@ class EngineSettings:
             options=dict(config.engine_config),
             lora=LoRASettings.of(config.lora),
             seed=config.seed or 0,
+            learner_share=config.num_gpus_per_learner if config.placement == SHARED else None,
         )
 
     @property
@@ -93,8 +101,13 @@ class EngineSettings:
         """What one engine takes of a Ray cluster; CPU engines share the cores with everyone."""
         if self.cpu:
             return {"CPU": 0}
-        # With CUDA IPC a learner has the other half of the device.
-        return {"CPU": 1, "GPU": 0.5 if self.weight_transfer == "ipc" else self.workers}
+        if self.learner_share is not None:
+            return {"CPU": 1, "GPU": round(1 - self.learner_share, 4)}
+        return {"CPU": 1, "GPU": self.workers}
+
+    def place(self, index: int) -> dict[str, Any]:
+        """Ray's options that say where an engine starts."""
+        return {} if self.bundles is None else self.bundles.options(index)
 
     def environment(self) -> dict[str, str]:
         """Environment variables of the engine's actor."""
@@ -154,6 +167,9 @@ class EngineSettings:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, self.max_context),
             }
+        elif self.learner_share is not None:
+            share = round(1 - self.learner_share, 4)
+            arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": share}
         own = {k: v for k, v in self.options.items() if k != "weight_transfer"}
         arguments |= own
         if self.lora is not None:
@@ -233,10 +249,17 @@ def check_vllm(config: GTPOConfig) -> None:
         )
     if config.lora is not None:
         _check_lora(config, backend)
-    if backend == "ipc" and _workers(options) > 1:
+    if config.placement == SHARED:
+        check_shared(config, _workers(options), cpu=cpu)
+    if (backend == "ipc") > (config.placement == SHARED):
         raise ConfigError(
-            "engine_config weight_transfer='ipc' is for engines of one device, which a learner "
-            "shares: leave out tensor_parallel_size and pipeline_parallel_size, or use 'nccl'."
+            "engine_config weight_transfer='ipc' is for learners and engines on the same devices: "
+            "set rollouts(placement='shared'), or use 'nccl'."
+        )
+    if backend == "nccl" and config.placement == SHARED:
+        raise ConfigError(
+            "engine_config weight_transfer='nccl' does not work within one device: leave it out, "
+            "or use 'ipc'."
         )
 
 
