@@ -21,6 +21,7 @@ from ray.rllib.utils.metrics import (
 )
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 
+from rllib_gtpo.architecture import check_shapes, write_shapes
 from rllib_gtpo.cold_start import ColdStart, Demonstrations, load_demonstrations
 from rllib_gtpo.config import GRPOConfig, GTPOConfig
 from rllib_gtpo.engines.vllm import EnginePool, EngineSettings
@@ -50,7 +51,7 @@ _STATE = "gtpo"
 _PHASES = ("rollout", "update", "sync")
 _LEARNER_METRICS = (
     *("loss", "policy", "mismatch", "clip", "ratio", "grad"),
-    *("group", "advantage", "shaping", "overlong", "time"),
+    *("group", "advantage", "shaping", "overlong", "time", "packing", "lr"),
 )
 
 
@@ -510,6 +511,8 @@ class GTPO(Algorithm):
         if self._recorder is not None:
             self._recorder.flush()
         saved: str = super().save_to_path(path, filesystem=filesystem, **kwargs)
+        shapes = call_learners(self.learner_group, "weight_shapes")[0]
+        write_shapes(str(path or saved), filesystem, shapes)
         if self.config.build_strategy().sharded:
             shards = call_learners(self.learner_group, "save_shards")
             write_shards(str(path or saved), filesystem, shards, self._strategy_record())
@@ -526,6 +529,9 @@ class GTPO(Algorithm):
         """RLlib's; learners take their parts, and engines the restored weights."""
         where = {"component": component, "filesystem": filesystem}
         shards = read_shards(str(path), filesystem, self._strategy_record())
+        if component is None:
+            own = call_learners(self.learner_group, "weight_shapes")[0]
+            check_shapes(str(path), filesystem, own)
         super().restore_from_path(path, *args, **where, **kwargs)
         refusal = call_learners(self.learner_group, "why_refused")[0]
         if refusal is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
 from rllib_gtpo.chat import call_format
@@ -15,6 +14,7 @@ from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.lora import check_lora
 from rllib_gtpo.ops.advantages import ESTIMATORS
 from rllib_gtpo.ops.losses import Objective
+from rllib_gtpo.optimizers import check_optimizer
 from rllib_gtpo.placement import PLACEMENTS, SHARED
 from rllib_gtpo.record.settings import RecordSettings
 from rllib_gtpo.rewards.embedders import build_embedder
@@ -242,11 +242,11 @@ def _model(config: GTPOConfig) -> None:
     call_format(config.call_format)
     ColdStart.of(config.cold_start)
     check_lora(config)
-    name = config.optimizer.get("name", "AdamW")
-    if not isinstance(getattr(torch.optim, str(name), None), type):
-        names = [n for n, v in vars(torch.optim).items() if isinstance(v, type)]
-        raise ConfigError(_one_of("optimizer name", name, names))
-    config.build_strategy()
+    for switch in ("activation_checkpointing", "torch_compile"):
+        if not isinstance(getattr(config, switch), bool):
+            raise ConfigError(f"{switch}={getattr(config, switch)!r}: true or false.")
+    check_optimizer(config.optimizer, config.build_strategy().name)
+    config.build_lr_schedule()
     if config.num_gpus_per_learner > 1:
         raise ConfigError(
             "num_gpus_per_learner: a learner uses one GPU; raise num_learners instead."

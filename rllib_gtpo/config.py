@@ -15,6 +15,7 @@ from rllib_gtpo.engines.base import RolloutEngine
 from rllib_gtpo.errors import ConfigError, did_you_mean
 from rllib_gtpo.models import TINY_QWEN2, load_tokenizer
 from rllib_gtpo.ops.losses import Objective
+from rllib_gtpo.optimizers import LRSchedule, build_optimizer
 from rllib_gtpo.record.settings import DEFAULT_SHARE, RecordSettings
 from rllib_gtpo.rewards.embedders import build_embedder
 from rllib_gtpo.rewards.overlong import OverlongPenalty
@@ -95,6 +96,7 @@ class GTPOConfig(AlgorithmConfig):
         self.epochs = 1
         self.token_budget = 16_384
         self.optimizer: dict[str, Any] = {"name": "AdamW", "weight_decay": 0.0}
+        self.lr_schedule: dict[str, Any] | None = None
         # rewards
         self.format_penalty = 0.1
         self.penalize_tool_errors = 0.0
@@ -294,6 +296,7 @@ class GTPOConfig(AlgorithmConfig):
         epochs: int = NotProvided,
         token_budget: int = NotProvided,
         optimizer: dict[str, Any] = NotProvided,
+        lr_schedule: dict[str, Any] | None = NotProvided,
         **kwargs: Any,
     ) -> GTPOConfig:
         """Credit, objective and optimisation; `lr`, `gamma`, `grad_clip` are RLlib's.
@@ -317,8 +320,11 @@ class GTPOConfig(AlgorithmConfig):
                 rllib_gtpo.ops.losses.Objective.
             mini_batches: Optimizer steps per pass over an iteration's groups.
             epochs: Passes over an iteration's groups.
-            token_budget: Tokens of a micro-batch, padding included; memory, not the result.
+            token_budget: Tokens of a micro-batch, padding included; memory, not the result.  A
+                longer trajectory gets one of its own, counted as `packing/over_budget`.
             optimizer: {"name": a class of torch.optim, ...its keyword arguments}.
+            lr_schedule: {"warmup": iterations, "decay": "linear" or "cosine", "iterations" of the
+                run, "final_frac"}; see rllib_gtpo.optimizers.LRSchedule.
         """
         super().training(**kwargs)
         given = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
@@ -536,11 +542,11 @@ class GTPOConfig(AlgorithmConfig):
 
     def build_optimizer(self, parameters: Any) -> Any:
         """The torch optimizer over `parameters`; `lr` is set by RLlib's schedule."""
-        import torch
+        return build_optimizer(self.optimizer, parameters)
 
-        options = dict(self.optimizer)
-        optimizer_class = getattr(torch.optim, options.pop("name", "AdamW"))
-        return optimizer_class(parameters, **{"lr": 1e-3, **options})
+    def build_lr_schedule(self) -> LRSchedule | None:
+        """How `lr` changes over iterations, if it does."""
+        return LRSchedule.of(self.lr_schedule, self.lr)
 
     def get_default_rl_module_spec(self) -> RLModuleSpec:
         """See AlgorithmConfig."""

@@ -34,9 +34,10 @@ from rllib_gtpo.checks import evaluation_splits
 from rllib_gtpo.engines.base import SamplingParams
 from rllib_gtpo.env import ChatSpace, ToolEnv
 from rllib_gtpo.episodes import attach_trajectory
-from rllib_gtpo.errors import ConfigError, EnvironmentFault, GTPOError
+from rllib_gtpo.errors import EnvironmentFault, GTPOError
 from rllib_gtpo.group_rollout import GroupJob, GroupScheduler, Rollouts
 from rllib_gtpo.group_scoring import GroupScorer
+from rllib_gtpo.models import check_vocabulary
 from rllib_gtpo.rl_module import RemoteModule
 from rllib_gtpo.rollout import Rollout
 from rllib_gtpo.rollout_stats import RolloutStats, Tally
@@ -275,13 +276,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
             spec.module_class = RemoteModule
         self.module = spec.build()
         self.module.to(self._device)
-        vocabulary = len(self.codec.tokenizer)
-        if vocabulary > self.module.vocab_size:
-            raise ConfigError(
-                f"The tokenizer has {vocabulary} tokens and the model only "
-                f"{self.module.vocab_size}: "
-                "use the tokenizer that belongs to the model."
-            )
+        check_vocabulary(self.codec.tokenizer, self.module.vocab_size)
 
     def get_spaces(self) -> dict[str, Any]:
         """Chat spaces everywhere: text has no numeric form."""

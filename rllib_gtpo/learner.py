@@ -30,7 +30,7 @@ from rllib_gtpo.ops.losses import Objective, normaliser, objective_sum
 from rllib_gtpo.packing import NOT_TRAINED, TokenBatch, TokenSequence
 from rllib_gtpo.record.credit import LearnedCredit, TokenTrace
 from rllib_gtpo.rl_module import ENTROPY, LOGPROBS
-from rllib_gtpo.sequence_learner import LossFunction, Output, SequenceLearner
+from rllib_gtpo.sequence_learner import Indices, LossFunction, Output, SequenceLearner
 from rllib_gtpo.strategy_learner import POLICY
 from rllib_gtpo.types import Group, Trajectory
 
@@ -66,6 +66,7 @@ class GTPOLearner(SequenceLearner):
         """One update from whole groups: credit, then `epochs` x `mini_batches` optimizer steps."""
         self._check_is_built()
         self.before_gradient_based_update(timesteps=timesteps or {})
+        self._follow_lr_schedule()
         training_data.validate()
         training_data.solve_refs()
         self._weights_seq_no += 1
@@ -80,6 +81,9 @@ class GTPOLearner(SequenceLearner):
         self._trace = TokenTrace() if self.config.record_settings.share else None
         progress = kwargs.get("on_step") or (lambda done, total: None)
         self._log(self._credit_report(batch))
+        lr = self.get_optimizer(DEFAULT_MODULE_ID, POLICY).param_groups[0]["lr"]
+        over_budget = self._over_budget(batch[SEQUENCES])
+        self._log({"lr": float(lr), "packing/over_budget": over_budget})
         self._log(self._train_on(self.last_batch, batch[SEQUENCES], progress))
         self._gather_weights(self._unwrapped)
         self.after_gradient_based_update(timesteps=timesteps or {})
@@ -113,8 +117,9 @@ class GTPOLearner(SequenceLearner):
         references = self._reference_logprobs_of(sequences) if self._objective.kl_coeff else None
         policy = self.get_optimizer(DEFAULT_MODULE_ID, POLICY)
         reports = []
+        parts = self._mini_batches(trained, sequences)
         for step in range(steps):
-            chosen = self._mini_batch(trained.groups, sequences, step % self.config.mini_batches)
+            chosen = parts[step % len(parts)]
             if self._max(len(chosen)):  # else there is nothing to train on at any learner
                 loss_fn = self._policy_loss(
                     advantages, anchors, references, [sequences[i] for i in chosen]
@@ -130,19 +135,18 @@ class GTPOLearner(SequenceLearner):
         self._step_metrics = tuple(report)
         return report
 
-    def _mini_batch(
-        self, groups: list[Group], sequences: list[TokenSequence], part: int
-    ) -> list[int]:
+    def _mini_batches(self, trained: TrainedBatch, sequences: list[TokenSequence]) -> list[Indices]:
         """Indices of the trajectories (with tokens to train) of every `mini_batches`-th group.
 
-        A group's id says which, so that the parts are the same for any number of learners.
+        Counted over the groups of all learners that have such, by id: the parts are equally large,
+        and the same for any number of learners.
         """
-        owners = [group.id for group in groups for _ in group.trajectories]
-        return [
-            index
-            for index, (owner, sequence) in enumerate(zip(owners, sequences, strict=True))
-            if owner % self.config.mini_batches == part and sequence.token_ids
-        ]
+        owners = [group.id for group in trained.groups for _ in group.trajectories]
+        filled = [index for index, sequence in enumerate(sequences) if sequence.token_ids]
+        everywhere = sorted(self._gathered({owners[index] for index in filled}))
+        count = self.config.mini_batches
+        part_of = {owner: place % count for place, owner in enumerate(everywhere)}
+        return [[i for i in filled if part_of[owners[i]] == part] for part in range(count)]
 
     def _policy_loss(
         self,

@@ -121,7 +121,8 @@ def load_model(
         return _from_scratch(dict(source), _DTYPES[dtype], seed or 0, tokenizer)
     model = from_pretrained("AutoModelForCausalLM", str(source), dtype=_DTYPES[dtype])
     if tokenizer is not None:
-        _check_vocabulary(_tokenizer(tokenizer), int(model.get_input_embeddings().weight.shape[0]))
+        check_vocabulary(_tokenizer(tokenizer), int(model.get_input_embeddings().weight.shape[0]))
+    _check_dtypes(source, model, _DTYPES[dtype])
     return model
 
 
@@ -155,7 +156,7 @@ def _scratch_config(settings: dict[str, Any], tokenizer: Any) -> Any:
         )
     tokens = _tokenizer(tokenizer if tokenizer is not None else settings)
     settings.setdefault("vocab_size", len(tokens))
-    _check_vocabulary(tokens, int(settings["vocab_size"]))
+    check_vocabulary(tokens, int(settings["vocab_size"]))
     settings.setdefault("pad_token_id", tokens.pad_token_id)
     settings.setdefault("eos_token_id", tokens.eos_token_id)
     settings.setdefault("bos_token_id", None)
@@ -187,12 +188,26 @@ def _tokenizer(source: Any) -> Any:
     return source
 
 
-def _check_vocabulary(tokenizer: Any, rows: int) -> None:
-    if len(tokenizer) > rows:
+def check_vocabulary(tokenizer: Any, rows: int) -> None:
+    """Raises ConfigError if a tokenizer has ids beyond the `rows` of a model's embeddings."""
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > rows:
         raise ConfigError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model only {rows}: use the model's "
-            "own tokenizer (leave tokenizer= out), or a larger vocab_size."
+            f"The tokenizer has {needed} tokens and the model only {rows}: use the model's own "
+            "tokenizer (leave tokenizer= out), a larger vocab_size for a model from scratch, or "
+            f"save the model again after model.resize_token_embeddings({needed})."
         )
+
+
+def _check_dtypes(source: Any, model: Any, dtype: torch.dtype) -> None:
+    """What is not of `dtype` now is quantised, or its model insists."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtype:
+            kept, asked = (str(d).removeprefix("torch.") for d in (parameter.dtype, dtype))
+            raise ConfigError(
+                f"model={str(source)!r} cannot be trained with dtype={asked!r}: its {name!r} stays "
+                f"{kept}. Use dtype='float32', or weights that are not quantised."
+            )
 
 
 def is_local(source: str) -> bool:

@@ -8,6 +8,7 @@ the global batch: every normaliser is summed over learners before it divides.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +26,10 @@ from rllib_gtpo.packing import TokenBatch, TokenSequence, collate, empty_batch, 
 from rllib_gtpo.rl_module import LOGPROBS
 from rllib_gtpo.strategy_learner import POLICY, SUPERVISED, StrategyLearner
 
+logger = logging.getLogger(__name__)
 MAX_BAD_STEPS = 10  # non-finite gradients in a row after which training stops
 Output = dict[str, Tensor]
+Indices = list[int]
 LossFunction = Callable[[TokenBatch, Output], tuple[Tensor, dict[str, Tensor]]]
 """Of a micro-batch and the module's output: its share of the loss, and sums for metrics."""
 
@@ -37,6 +40,7 @@ class SequenceLearner(StrategyLearner):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._bad_steps = 0
+        self._over_budget_before = False
 
     # One optimizer step.
 
@@ -143,6 +147,24 @@ class SequenceLearner(StrategyLearner):
         missing = self._max(len(parts)) - len(parts)
         batches += [([], empty_batch(packed=self._packed)) for _ in range(missing)]
         return [(part, batch.to(self._device)) for part, batch in batches]
+
+    def _over_budget(self, sequences: list[TokenSequence]) -> float:
+        """How many sequences of all learners are longer than a micro-batch should be."""
+        lengths = [len(sequence.token_ids) for sequence in sequences]
+        over = sum(length > self.config.token_budget for length in lengths)
+        if over and not self._over_budget_before:
+            self._over_budget_before = True
+            logger.warning(
+                "%d trajectories are longer than token_budget=%d (the longest has %d tokens); each "
+                "gets a micro-batch of its own. If that does not fit into memory, set "
+                "rollouts(max_tokens=%d) or learners(activation_checkpointing=True); else raise "
+                "token_budget.",
+                over,
+                self.config.token_budget,
+                max(lengths),
+                self.config.token_budget,
+            )
+        return float(self._sum(torch.tensor(float(over), device=self._device)))
 
     def _micro_batches(self, lengths: list[int]) -> list[list[int]]:
         return micro_batches(lengths, self.config.token_budget, packed=self._packed)

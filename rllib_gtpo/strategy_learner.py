@@ -26,6 +26,7 @@ from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.layers import checkpoint_activations, compile_layers
 from rllib_gtpo.lora import adapter_files
 from rllib_gtpo.strategies import Strategy
+from rllib_gtpo.strategies.base import named_tensors
 
 SUPERVISED = "supervised"  # the cold start's own optimizer, so that RL starts with a fresh state
 POLICY = "policy"
@@ -39,6 +40,8 @@ class StrategyLearner(TorchLearner):
         self._strategy: Strategy = self.config.build_strategy()
         self._packed = False  # whether the model takes sequences without padding
         self._reference: Any = None
+        self._lr_schedule = self.config.build_lr_schedule()
+        self._updates = 0
         self.refusal: ConfigError | None = None
         self.best_weights: dict[str, Tensor] | None = None  # of a cold start, at the first learner
         self._sender: DeviceSender | None = None  # of weights to engines, if they go that way
@@ -125,6 +128,7 @@ class StrategyLearner(TorchLearner):
         state: dict[str, Any] = super().get_state(components, not_components=left_out, **kwargs)
         if components is None:
             state["torch_rng"] = torch.get_rng_state()
+            state["updates"] = self._updates
             if self._reference is not None:
                 state["reference"] = self._reference.get_state()
             if self.best_weights is not None:
@@ -137,6 +141,7 @@ class StrategyLearner(TorchLearner):
         self._gather_weights(self._unwrapped)
         if self._rank == 0:
             self.best_weights = state.get("best_weights")
+        self._updates = state.get("updates", self._updates)
         if "torch_rng" in state:
             torch.set_rng_state(state["torch_rng"])
             if self._rank:
@@ -176,6 +181,20 @@ class StrategyLearner(TorchLearner):
                 optimizer = self._named_optimizers[name]
                 self._strategy.load_optimizer_state(optimizer, saved["state"])
         self._keep_own_lr()
+
+    def _follow_lr_schedule(self) -> None:
+        """Before each update, which it counts."""
+        policy = self.get_optimizer(DEFAULT_MODULE_ID, POLICY)
+        if self._lr_schedule is not None:
+            self._set_optimizer_lr(policy, self.config.lr * self._lr_schedule.factor(self._updates))
+        self._updates += 1
+
+    def weight_shapes(self) -> dict[str, list[int]]:
+        """Of the whole weights, by the names of `get_state`."""
+        return {
+            name: list(getattr(value, "ds_shape", value.shape))  # DeepSpeed cuts them at stage 3
+            for name, value in named_tensors(self._unwrapped)
+        }
 
     def _keep_own_lr(self) -> None:
         if isinstance(self.config.lr, float):  # a schedule goes on by itself; a number may be new
@@ -273,6 +292,14 @@ class StrategyLearner(TorchLearner):
         if self._world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def _gathered(self, values: set[int]) -> set[int]:
+        """Of all learners."""
+        if self._world == 1:
+            return values
+        parts: list[Any] = [None] * self._world
+        dist.all_gather_object(parts, values)
+        return set().union(*parts)
 
     def _max(self, count: int) -> int:
         if self._world == 1:
