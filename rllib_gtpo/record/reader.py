@@ -122,7 +122,7 @@ def groups_of_rows(rows: Sequence[dict[str, Any]]) -> list[Group]:
 
 
 def _open(location: Location, name: str) -> IterationFile:
-    where = f"{location.address}/{name}"
+    where = (location / name).address
     try:
         with location.filesystem.open_input_file(f"{location.path}/{name}") as file:
             parquet = pq.ParquetFile(file)

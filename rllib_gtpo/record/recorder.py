@@ -17,7 +17,6 @@ from typing import Any
 import pyarrow as pa
 
 from rllib_gtpo.episodes import trajectory_of
-from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.record.credit import LearnedCredit
 from rllib_gtpo.record.location import POINTER, Location, read_pointer
 from rllib_gtpo.record.schema import DIRECTORY, FILE_NAME, METADATA, VERSION
@@ -29,11 +28,13 @@ _SETTINGS = (
     *("uniform_groups", "overlong", "shaping", "shaping_alpha", "shaping_input"),
 )
 
+_FAILURES = (OSError, TypeError, ValueError, pa.ArrowException)  # of disks, stores, odd values
+
 
 class Recorder:
     """The record of one run.
 
-    A write that fails, on a full disk say, is reported once and does not end the training.
+    What cannot be written, on a full disk say, is reported once and does not end the training.
 
     Args:
         settings: What is recorded.
@@ -102,11 +103,14 @@ class Recorder:
             if t.group_id in chosen:
                 seen = episode.get_observations()
                 recorded.append(Recorded(t, seen, credit.get((t.group_id, t.member))))
-        self._decode = self._decode or self._load_decoder()
         about = {**self._about, "iteration": iteration, "sampled_groups": len(ids)}
-        header = {METADATA: json.dumps(about).encode()}
-        table = build_table(recorded, iteration, self._decode, header)
-        self._pending = self._thread.submit(self._write, home, iteration, table)
+        try:
+            self._decode = self._decode or self._load_decoder()
+            header = {METADATA: json.dumps(about, default=str).encode()}
+            table = build_table(recorded, iteration, self._decode, header)
+            self._pending = self._thread.submit(self._write, home, iteration, table)
+        except _FAILURES as error:
+            self._warn(error)
         return {
             "record/trajectories": float(len(recorded)),
             "time/record_s": time.perf_counter() - began,
@@ -115,14 +119,16 @@ class Recorder:
     def flush(self) -> None:
         """Waits until everything is written."""
         pending, self._pending = self._pending, None
-        if pending is None:
-            return
         try:
-            pending.result()
-        except (ConfigError, OSError, pa.ArrowException) as error:
-            if not self._warned:
-                print(f"warning: the record is not being written: {error}", file=sys.stderr)
-            self._warned = True
+            if pending is not None:
+                pending.result()
+        except _FAILURES as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            print(f"warning: the record is not being written: {error}", file=sys.stderr)
+        self._warned = True
 
     def close(self) -> None:
         """Writes what is left."""

@@ -79,9 +79,9 @@ def _row(one: Recorded, iteration: int, split: str) -> dict[str, Any]:
         "messages": [_message(m) for m in _messages(one)],
         "stop_reason": None if t.stop_reason is None else t.stop_reason.value,
         "error": t.error,
-        "answer": t.answer,
-        "correct": t.correct,
-        "reward": t.reward,
+        "answer": None if t.answer is None else str(t.answer),
+        "correct": bool(t.correct),
+        "reward": float(t.reward),
         "in_batch": one.credit is not None,
         "trained": one.credit is not None and one.credit.tokens is not None,
         "turns": [_turn(turn, k, one.credit) for k, turn in enumerate(t.turns)],
@@ -142,7 +142,10 @@ def _turn(turn: Turn, index: int, credit: LearnedCredit | None) -> dict[str, Any
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, default=str)
+    try:
+        return json.dumps(value, default=str)
+    except (TypeError, ValueError):  # keys that are no text, or a value inside itself
+        return json.dumps(repr(value))
 
 
 def _token_columns(

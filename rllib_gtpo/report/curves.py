@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -44,14 +45,18 @@ def learning_curves(
     """The curves that there is anything for: {"name", "title", "points": [[x, y, low, high]]}.
 
     The interval is that of a mean over an iteration's groups (members of one are not independent):
-    the spread of the recorded groups, over the root of the number of all that were sampled.
+    the spread of the recorded groups, over the root of the number of all that were sampled.  An
+    evaluation has one of its own, see rllib_gtpo.at_k.
 
     Args:
         results: The numbers of each iteration.
         by_iteration: Iteration -> how many groups it sampled, and `group_values` of recorded ones.
     """
     curves = []
-    for name, title in _SHOWN.items():
+    shown = dict(_SHOWN)
+    if any("accuracy" in row for row in results):
+        del shown["env_runners/episode_return_mean"]  # the reward, under RLlib's name
+    for name, title in shown.items():
         points = dict(_reported(results, name))
         for x, (sampled, groups) in by_iteration.items():
             values = [group[name] for group in groups if name in group]
@@ -75,7 +80,15 @@ def _reported(results: Sequence[Mapping[str, float]], name: str) -> Iterable[tup
         else:
             value = row.get(name)
         if value is not None and math.isfinite(value) and ITERATION in row:
-            yield int(row[ITERATION]), value
+            yield int(row[ITERATION]), _with_interval(row, name, value)
+
+
+def _with_interval(row: Mapping[str, float], name: str, value: float) -> Any:
+    """Evaluation has computed its interval: that of avg@k, which is the accuracy."""
+    averages = [key for key in row if re.fullmatch(r"evaluation/avg@\d+", key)]
+    if name != "evaluation/accuracy" or not averages:
+        return value
+    return value, row[f"{averages[0]}_low"], row[f"{averages[0]}_high"]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from rllib_gtpo import record
+from rllib_gtpo.report import build_report
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "tuned_examples"
 SMALL = [
@@ -70,6 +73,7 @@ def test_a_tuned_example_runs(command, tmp_path):
         ("time", "update_s"),
     ]:
         assert isinstance(result[group][name], float), (group, name)
+    assert len(record.load(tmp_path / "run")) == 2  # a quarter of the groups, hence one
     assert "Warning" not in done.stderr and "WARNING" not in done.stderr, done.stderr
 
 
@@ -166,3 +170,5 @@ def test_tune_runs_it_by_name(adder_model, tmp_path):
         assert result.metrics["training_iteration"] == 2
         assert result.metrics["group"]["zero_std_frac"] >= 0
         assert result.checkpoint is not None
+        assert len(record.load(result.path)) == 4
+        assert "4 trajectories" in build_report(result.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import re
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from rllib_gtpo.errors import ConfigError, DataError
 from rllib_gtpo.record.location import Location
 from rllib_gtpo.record.schema import METADATA, SCHEMA, TURN, VERSION
 from rllib_gtpo.record.settings import RecordSettings
-from tests.record.samples import write_record
+from rllib_gtpo.record.table import build_table
+from tests.record.samples import credited, make_group, write_record
 
 
 @pytest.fixture
@@ -103,6 +105,15 @@ def test_lone_surrogates_are_escaped(tmp_path):
     row = record.load(tmp_path)[0]
     assert row["turns"][0]["results"][0]["content"] == "bad \\ud800 \x00 byte"
     assert row["turns"][0]["text"] == "\\udcff"
+
+
+def test_odd_values_of_a_task_are_text(tmp_path):
+    """Of an environment that answers with a number, and has keys that JSON has not."""
+    group = make_group(random.Random(0), 1, 2, 1, 4, "x", "y")
+    group.task[(1, 2)] = group.task
+    group.trajectories[0].answer = 14
+    table = build_table(credited(random.Random(0), [group]), 1, str, {})
+    assert table["answer"][0].as_py() == "14" and "(1, 2)" in table["task"][0].as_py()
 
 
 def test_a_trajectory_without_turns(tmp_path):

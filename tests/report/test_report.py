@@ -205,6 +205,9 @@ def test_intervals():
         [1, 0.6, pytest.approx(0.6 - half), pytest.approx(0.6 + half)],
         [2, 1, None, None],
     ]
+    held_out = {"accuracy": 0.5, "avg@2": 0.5, "avg@2_low": 0.4, "avg@2_high": 0.6}
+    row = {"training_iteration": 3, **{f"evaluation/{name}": v for name, v in held_out.items()}}
+    assert learning_curves([row], {})[0]["points"] == [[3, 0.5, 0.4, 0.6]]
     assert learning_curves([{"training_iteration": 1, "accuracy": float("nan")}], {}) == []
 
 
@@ -251,3 +254,9 @@ def test_print_report_in_this_process(run, capsys):
 def test_assets_are_in_the_package():
     assets = Path(groups.__file__).parent / "assets"
     assert {path.name for path in assets.iterdir()} == {"head.html", "report.css", "report.js"}
+
+
+def test_the_page_shows_pictures_that_exist():
+    docs = Path(__file__).parents[2] / "docs"
+    images = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (docs / "report.md").read_text())
+    assert len(images) == 3 and all((docs / image).is_file() for image in images)

@@ -180,7 +180,7 @@
         el("option", { value: "" }, "all"), iterations.map((i) => el("option", { value: i, selected: view.iteration === String(i) }, i)))),
     ];
     fill(main, 
-      el("h2", {}, "Learning curves"), data.curves.some((c) => c.points.some((p) => p[2] !== null)) && el("p", { class: "quiet" }, "The band is a 95% interval of the iteration's mean, from the spread between groups."),
+      el("h2", {}, "Learning curves"), data.curves.some((c) => c.points.some((p) => p[2] !== null)) && el("p", { class: "quiet" }, "Bands are 95% intervals: of an iteration's mean, from the spread between groups; of an evaluation's, over tasks."),
       el("div", { class: "curves" }, data.curves.map(curve)));
     if (data.groups.length) {
       main.append(el("h2", {}, "Groups"), filterBar(redraw, extra), count, table);
@@ -199,7 +199,7 @@
   }
 
   const advantageBy = (turn, estimator) => (estimator === "" ? turn.advantage : turn.others[estimator]);
-  const peek = (turn) => turn.calls.map((c) => c.error ? c.raw || c.name : c.name + " " + c.arguments).join("; ") || turn.text || "(nothing)";
+  const peek = (turn) => turn.calls.map((c) => (c.error ? c.raw || c.name : c.name + ": " + pretty(c.arguments))).join("; ") || turn.text || "(nothing)";
   const isDead = (turn) => turn.advantage === null || Math.abs(turn.advantage) < 1e-6;
   const matches = (t, turn) => (!view.stop || t.stop === view.stop) && (!view.invalid || turn.invalid) && (!view.dead || isDead(turn));
 
@@ -294,7 +294,9 @@
 
   function pretty(text) {
     try {
-      return Object.entries(JSON.parse(text)).map(([name, value]) => name + " = " + (typeof value === "string" ? (value.includes("\n") ? "\n" + value : value) : JSON.stringify(value))).join("\n");
+      const given = Object.entries(JSON.parse(text));
+      if (given.length === 1 && typeof given[0][1] === "string") return given[0][1];
+      return given.map(([name, value]) => name + " = " + (typeof value === "string" ? (value.includes("\n") ? "\n" + value : value) : JSON.stringify(value))).join("\n");
     } catch {
       return text;
     }
