@@ -1,8 +1,9 @@
 """A whole update at several lengths: tokens per second, and how much of what the device can do.
 
 On CUDA it is a random model of Qwen2.5-7B's shape in bfloat16 with activation checkpointing, and
-peak memory is measured, too; on the processor it is a small one.  Where ray is absent, the
-Learner's parts stand for the Learner.
+peak memory is measured, too; on the processor it is a small one.  On CUDA, and where ray is absent,
+the Learner's parts stand for the Learner: weights and moments are bfloat16, since the float32
+weights that it steps on would need more than one GPU.
 """
 
 from __future__ import annotations
@@ -121,11 +122,11 @@ def rows(device: str, rounds: int) -> list[dict[str, Any]]:
 
 def build(name: str, scale: Scale, groups: Sequence[Group], budget: int, device: str) -> Side:
     """A side with a model of its own."""
-    options = (device, scale.dtype, scale.checkpointing)
-    if name == "ours" and importlib.util.find_spec("ray") is not None:
-        return Learner(scale.settings, groups, budget, *options)
+    if name == "ours" and device == "cpu" and importlib.util.find_spec("ray") is not None:
+        return Learner(scale.settings, groups, budget)
     kind = Plain if name == "plain" else Parts
-    return kind(make_model(scale.settings, *options), groups, budget)
+    model = make_model(scale.settings, device, scale.dtype, scale.checkpointing)
+    return kind(model, groups, budget)
 
 
 def _row(

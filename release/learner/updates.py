@@ -14,6 +14,7 @@ import torch
 
 from release.learner.batches import GAMMA, advantages_of, trajectories_of
 from rllib_gtpo.language_model import hidden_states, switch_to_packed, trained_logprobs
+from rllib_gtpo.layers import checkpoint_activations
 from rllib_gtpo.models import load_model
 from rllib_gtpo.ops.losses import Objective, normaliser, objective_sum
 from rllib_gtpo.packing import TokenBatch, collate, micro_batches, token_sequences
@@ -38,13 +39,9 @@ def make_model(settings: dict[str, Any], device: str, dtype: str, checkpointing:
         model = load_model(settings, dtype=dtype, seed=SEED)
     if not switch_to_packed(model):
         raise RuntimeError("this model does not take packed rows")
-    return _checkpointed(model) if checkpointing else model
-
-
-def _checkpointed(model: Any) -> Any:
-    """Layers compute their activations again in the backward pass."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+    if checkpointing:
+        checkpoint_activations(model)
+    return model
 
 
 def packed_batches(groups: Sequence[Group], budget: int, device: Any) -> list[TokenBatch]:
@@ -90,7 +87,7 @@ class Plain:
 
 
 class Parts:
-    """What the Learner computes, without RLlib around it: for machines that have no ray."""
+    """What the Learner computes, without RLlib around it and without float32 copies of weights."""
 
     def __init__(self, model: Any, groups: Sequence[Group], budget: int) -> None:
         self.model = model
@@ -128,15 +125,7 @@ class Parts:
 class Learner:
     """GTPOLearner.update, from episodes to metrics."""
 
-    def __init__(
-        self,
-        settings: dict[str, Any],
-        groups: Sequence[Group],
-        budget: int,
-        device: str = "cpu",
-        dtype: str = "float32",
-        checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, settings: dict[str, Any], groups: Sequence[Group], budget: int) -> None:
         from ray.rllib.core.learner.training_data import TrainingData
         from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
@@ -148,10 +137,8 @@ class Learner:
         config = (
             GTPOConfig()
             .environment(Calculator)
-            .language_model(model=settings, dtype=dtype)
-            .learners(num_learners=0, num_gpus_per_learner=int(device == "cuda"))
+            .language_model(model=settings)
             .training(lr=LR, gamma=GAMMA, grad_clip=GRAD_CLIP, token_budget=budget)
-            .training(optimizer={"name": "AdamW", "weight_decay": 0.0, "fused": device == "cuda"})
             .reporting(progress=False)
             .debugging(seed=SEED)
         )
@@ -159,8 +146,6 @@ class Learner:
         spec = config.get_multi_rl_module_spec(spaces=spaces)
         self.learner = config.build_learner_group(rl_module_spec=spec)._learner
         self.model = self.learner._unwrapped.model
-        if checkpointing:
-            _checkpointed(self.model)
         self._data = TrainingData
         self._episodes = []
         for trajectory in trajectories_of(groups):
