@@ -87,17 +87,21 @@ class _SelectedLogprobs(torch.autograd.Function):
         logprobs_N, entropy_N, lse_N = hidden.new_zeros(3, len(hidden), dtype=dtype).unbind()
         keep = len(hidden) * len(weight) <= KEPT and any(ctx.needs_input_grad)
         kept: list[Tensor] = []
+        tile, other = _tiles(2, hidden, weight, chunk, dtype)
         for rows in _slices(len(hidden), chunk):
             lse_P, entropy_P = [], []
             for part in _parts(weight, hidden, chunk):
-                logits_CW = _logits(hidden[rows], weight[part], bias, part, temperature, dtype)
+                if keep:
+                    tile = torch.empty_like(tile)
+                logits_CW = _view(tile, rows, part)
+                _logits(hidden[rows], weight[part], bias, part, temperature, logits_CW)
                 if keep:
                     kept.append(logits_CW)
                 inside_C, place_C = _places(targets[rows], part)
                 picked_C = logits_CW.gather(1, place_C[:, None]).squeeze(1)
                 logprobs_N[rows] += picked_C.where(inside_C, 0.0)
                 most_C = logits_CW.amax(1)
-                exp_CW = (logits_CW - most_C[:, None]).exp_()
+                exp_CW = torch.sub(logits_CW, most_C[:, None], out=_view(other, rows, part)).exp_()
                 sum_C = exp_CW.sum(1)
                 lse_P.append(most_C + sum_C.log())
                 if with_entropy:
@@ -125,19 +129,21 @@ class _SelectedLogprobs(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=ctx.dtype) if wants_weight else None
         dbias = torch.zeros_like(bias, dtype=ctx.dtype) if wants_bias else None
         grad_N = torch.zeros_like(lse_N) if grad_N is None else grad_N
+        tile, other = _tiles(2, hidden, weight, ctx.chunk, ctx.dtype)
         for rows in _slices(len(hidden), ctx.chunk):
             hidden_CH, grad_C = hidden[rows], grad_N[rows]
             dhidden_CH = torch.zeros_like(hidden_CH, dtype=ctx.dtype)
             for part in _parts(weight, hidden, ctx.chunk):
+                logp_CW = _view(tile, rows, part)
                 if kept:
-                    logp_CW = kept.pop(0) - lse_N[rows, None]
+                    logp_CW.copy_(kept.pop(0))
                 else:
-                    arguments = (hidden_CH, weight[part], bias, part, ctx.temperature, ctx.dtype)
-                    logp_CW = _logits(*arguments).sub_(lse_N[rows, None])
+                    _logits(hidden_CH, weight[part], bias, part, ctx.temperature, logp_CW)
+                logp_CW.sub_(lse_N[rows, None])
                 if grad_entropy_N is None:
                     dlogits_CW = logp_CW.exp_().mul_(-grad_C[:, None])
                 else:  # dH/dlogit = -p (log p + H)
-                    dlogits_CW = logp_CW.exp()
+                    dlogits_CW = torch.exp(logp_CW, out=_view(other, rows, part))
                     logp_CW.add_(entropy_N[rows, None]).mul_(-grad_entropy_N[rows, None])
                     dlogits_CW.mul_(logp_CW.sub_(grad_C[:, None]))
                 inside_C, place_C = _places(targets[rows], part)
@@ -165,10 +171,30 @@ def _slices(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
+def _width(weight_VH: Tensor, hidden_NH: Tensor, chunk: int) -> int:
+    """How much of the vocabulary a tile has."""
+    tile = TILE if weight_VH.device.type == "cpu" else TILE_ON_DEVICE
+    return min(len(weight_VH), max(1, tile // max(1, min(chunk, len(hidden_NH)))))
+
+
 def _parts(weight_VH: Tensor, hidden_NH: Tensor, chunk: int) -> Iterator[slice]:
     """The parts of the vocabulary of a chunk's tiles."""
-    tile = TILE if weight_VH.device.type == "cpu" else TILE_ON_DEVICE
-    return _slices(len(weight_VH), max(1, tile // max(1, min(chunk, len(hidden_NH)))))
+    return _slices(len(weight_VH), _width(weight_VH, hidden_NH, chunk))
+
+
+def _tiles(
+    count: int, hidden_NH: Tensor, weight_VH: Tensor, chunk: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Memory for so many tiles, used again and again: thousands of tensors that come and go leave
+    holes in a process's memory that add up to more than they are."""
+    size = min(chunk, len(hidden_NH)) * _width(weight_VH, hidden_NH, chunk)
+    return hidden_NH.new_empty(count, size, dtype=dtype).unbind()
+
+
+def _view(tile: Tensor, rows: slice, part: slice) -> Tensor:
+    """The memory of a tile as [C, W]."""
+    shape = rows.stop - rows.start, part.stop - part.start
+    return tile[: shape[0] * shape[1]].view(shape)
 
 
 def _places(targets_C: Tensor, part: slice) -> tuple[Tensor, Tensor]:
@@ -184,14 +210,18 @@ def _logits(
     bias_V: Tensor | None,
     part: slice,
     temperature: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """[C, W] in `dtype`, a fresh tensor; without autocast, so that backward makes the same ones."""
+    out: Tensor,
+) -> None:
+    """Writes [C, W] into `out`; without autocast, so that backward makes the same ones."""
     with torch.autocast(hidden_CH.device.type, enabled=False):
-        logits_CW = (hidden_CH @ weight_WH.to(hidden_CH.dtype).T).to(dtype)
+        if hidden_CH.dtype == out.dtype:
+            torch.mm(hidden_CH, weight_WH.to(hidden_CH.dtype).T, out=out)
+        else:
+            out.copy_(hidden_CH @ weight_WH.to(hidden_CH.dtype).T)
     if bias_V is not None:
-        logits_CW += bias_V[part]
-    return logits_CW if temperature == 1.0 else logits_CW.div_(temperature)
+        out += bias_V[part]
+    if temperature != 1.0:
+        out.div_(temperature)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
