@@ -47,6 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_export(commands)
     _add_report(commands)
+
+    _add_plan(commands)
     return parser
 
 
@@ -82,13 +84,7 @@ def _add_train_file(sources: argparse._SubParsersAction[argparse.ArgumentParser]
         metavar="KEY=VALUE",
         help="stop when a metric is at least VALUE; a/b and a.b name nested ones (repeatable)",
     )
-    add(
-        "--override",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a setting, also a nested one: env_config.max_ops=4 (repeatable)",
-    )
+    _add_override(parser)
     add(
         "--resume",
         type=Path,
@@ -155,6 +151,43 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(run=_report)
 
 
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="say what memory and time a run needs, and whether it fits",
+        description="Print the memory of each worker of what FILE describes, by what it is needed "
+        "for, and the time of an iteration, from a probe of a few seconds.  Exit code 2, with what "
+        "to change, if it cannot fit.  Nothing is trained, and no weights are loaded.",
+    )
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help="as for `rllib train file`")
+    _add_override(parser)
+    add(
+        "--memory",
+        type=_positive,
+        metavar="GIB",
+        help="of each GPU, or of the machine if no worker has one (default: those of this machine)",
+    )
+    add(
+        "--tokens",
+        type=_count,
+        metavar="N",
+        help="mean length of a trajectory, for the time (default: as long as the settings allow)",
+    )
+    add("--json", action="store_true", help="print JSON; sizes in bytes")
+    parser.set_defaults(run=_plan)
+
+
+def _add_override(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting, also a nested one: env_config.max_ops=4 (repeatable)",
+    )
+
+
 def _add_paths(parser: argparse.ArgumentParser, source: str, target: str) -> None:
     """What a command reads and what it makes, by the names that its help gives them."""
     for name, shown in (("source", source), ("target", target)):
@@ -168,13 +201,24 @@ def _count(text: str) -> int:
     return number
 
 
-_count.__name__ = "number"  # argparse names the type in its messages
+def _positive(text: str) -> float:
+    number = float(text)
+    if not number > 0.0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
 
 
-def _train_file(args: argparse.Namespace) -> int:
+_count.__name__ = _positive.__name__ = "number"  # argparse names the type in its messages
+
+
+def _spin_briefly() -> None:
     # OpenMP threads spin while they wait, by default for so long that small models train tens of
     # times slower as soon as another process wants a core.  Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def _train_file(args: argparse.Namespace) -> int:
+    _spin_briefly()
     from rllib_gtpo.command.run import RunOptions, train_file
 
     options = RunOptions(
@@ -227,6 +271,19 @@ def _report(args: argparse.Namespace) -> int:
     else:
         print(build_report(args.source, args.out))
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    _spin_briefly()
+    from rllib_gtpo.command.plan import plan_file
+
+    return plan_file(
+        args.file,
+        args.override,
+        memory_gib=args.memory,
+        tokens=args.tokens,
+        as_json=args.json,
+    )
 
 
 def _version() -> int:
