@@ -10,6 +10,8 @@ import torch
 
 from rllib_gtpo import record
 from rllib_gtpo.record.schema import SCHEMA
+from rllib_gtpo.report import build_report
+from tests.report.test_report import embedded
 
 
 def built(config, directory, **reporting):
@@ -60,6 +62,23 @@ def test_credit_is_the_learners_bit_for_bit(trained):
         mine = torch.tensor([turn[name] for turn in turns], dtype=torch.float64)
         assert torch.equal(mine, getattr(batch.credit, column))
     assert any(turn["advantage"] for turn in turns)
+
+
+def test_so_are_the_numbers_of_a_report(trained):
+    directory, _, batch, _ = trained
+    build_report(str(directory))
+    page = directory / "report.html"
+    shown = {}
+    for line in embedded(page, "overview")["groups"]:
+        group = embedded(page, f"chunk-{line['chunk']}")[line["place"]]
+        for t in group["trajectories"]:
+            shown[group["iteration"], group["id"], t["member"]] = t["turns"]
+    turns = [turn for t in batch.trajectories for turn in shown[2, t.group_id, t.member]]
+    for name, column in (("return", "returns"), ("baseline", "baseline"), ("scale", "scale")):
+        mine = torch.tensor([turn[name] for turn in turns], dtype=torch.float64)
+        assert torch.equal(mine, getattr(batch.credit, column))
+    advantages = [turn["advantage"] for turn in turns]
+    assert advantages == batch.credit.advantages.tolist()
 
 
 def test_tokens_turns_masks_and_logprobs_are_those_that_were_sampled(trained):
