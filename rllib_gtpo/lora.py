@@ -144,11 +144,13 @@ def _check_targets(model: Any, targets: str | Sequence[str]) -> None:
     """Each must be the end of the name of a linear layer, and none the embeddings'."""
     if targets == ALL_LINEAR:
         return
+    from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
+
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     linear = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module not in embeddings
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module not in embeddings
     }
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):

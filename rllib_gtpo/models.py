@@ -104,6 +104,9 @@ def load_model(
 ) -> Any:
     """A causal LM from a directory or hub id, or made from scratch, in evaluation mode.
 
+    It has no dropout in any mode: RLlib puts a module that is trained into training mode, and its
+    probabilities would not be the sampler's.
+
     Args:
         source: A path, a hub id, or a config such as `TINY_QWEN2`.
         dtype: "float32" or "bfloat16".
@@ -119,10 +122,22 @@ def load_model(
         raise ConfigError(f"dtype={dtype!r}: use one of {', '.join(_DTYPES)}.")
     if isinstance(source, Mapping):
         return _from_scratch(dict(source), _DTYPES[dtype], seed or 0, tokenizer)
-    model = from_pretrained("AutoModelForCausalLM", str(source), dtype=_DTYPES[dtype])
+    model = without_dropout(
+        from_pretrained("AutoModelForCausalLM", str(source), dtype=_DTYPES[dtype])
+    )
     if tokenizer is not None:
         check_vocabulary(_tokenizer(tokenizer), int(model.get_input_embeddings().weight.shape[0]))
     _check_dtypes(source, model, _DTYPES[dtype])
+    return model
+
+
+def without_dropout(model: Any) -> Any:
+    """The model with all its rates at 0, those of layers and those that attention is called with;
+    its config, and what is saved of it, keep them."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "p"):
+                setattr(module, name, 0.0)
     return model
 
 
@@ -175,7 +190,7 @@ def _from_scratch(settings: dict[str, Any], dtype: torch.dtype, seed: int, token
             torch.default_generator.manual_seed(
                 seed
             )  # torch.manual_seed would touch the GPUs' as well
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            return without_dropout(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"model={settings!r} does not describe a causal LM: {error}") from error
 

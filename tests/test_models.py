@@ -147,6 +147,20 @@ class TestFromScratch:
         """As one from a directory is: dropout would set learner and sampler apart."""
         assert not any(module.training for module in load_model(SMALL).modules())
 
+    @pytest.mark.parametrize(
+        "source",
+        [
+            {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64},
+            {**SMALL, "attention_dropout": 0.5},
+        ],
+    )
+    def test_it_has_no_dropout_in_training_mode(self, tmp_path, source):
+        """RLlib trains in that mode; GPT-2 has a tenth by default."""
+        ids = torch.tensor([encode("12+7")])
+        load_model(source).save_pretrained(tmp_path)
+        for model in (load_model(source), load_model(str(tmp_path))):
+            assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+
     def test_dtype(self):
         assert load_model(SMALL, dtype="bfloat16").dtype is torch.bfloat16
         with pytest.raises(ConfigError, match="float32, bfloat16"):

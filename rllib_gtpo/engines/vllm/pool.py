@@ -207,7 +207,7 @@ class PoolActor:
         if self._policy is None:  # the first start: its errors are the caller's
             await asyncio.gather(*self._starting.values())
         async with self._lock:
-            adapter, outdated = self._next_version(_POLICY, "", version)
+            adapter, versions, outdated = self._next_version(_POLICY, "", version)
             engines = list(self._serving.values())
             results = await asyncio.gather(
                 *(e.actor.load_adapter.remote(adapter, outdated, box) for e in engines),
@@ -216,6 +216,7 @@ class PoolActor:
             if self._any_took(
                 {e: r for e, r in zip(engines, results, strict=True) if r is not None}
             ):
+                self._adapters[_POLICY] = versions
                 self._policy = (adapter, box)
                 self._have_weights.set()
 
@@ -349,18 +350,21 @@ class PoolActor:
                 f"adapter {name!r} is one too many: the engines were started for {limit} at once; "
                 "set engine_config to {'enable_lora': True, 'max_loras': ..., 'max_lora_rank': ...}"
             )
-        adapter, outdated = self._next_version(name, path)
+        adapter, versions, outdated = self._next_version(name, path)
         await self.call_all("load_adapter", adapter, outdated)
+        self._adapters[name] = versions
         return adapter
 
-    def _next_version(self, name: str, path: str, version: int = 0) -> tuple[Adapter, int | None]:
-        """A new version of an adapter, and the number of the one that is to be dropped for it."""
+    def _next_version(
+        self, name: str, path: str, version: int = 0
+    ) -> tuple[Adapter, list[Adapter], int | None]:
+        """A new version of an adapter, all that are in use with it, and the number of the one that
+        is to be dropped for it."""
         self._adapter_count += 1
         adapter = Adapter(f"{name}@{self._adapter_count}", self._adapter_count, path, version)
         versions = [*self._adapters.get(name, []), adapter]
         outdated = versions.pop(0).number if len(versions) > VERSIONS_OF_ADAPTER else None
-        self._adapters[name] = versions
-        return adapter, outdated
+        return adapter, versions, outdated
 
     # Life.
 
