@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.lora import BASE_MARK
@@ -42,12 +43,12 @@ def make_group(setup):
 
 
 def base_of(group):
-    """The weights that are not to be trained, at every learner that holds them whole."""
+    """The weights that are not to be trained, as the first learner holds them."""
 
     def read(learner):
         module = learner._unwrapped
         return {
-            name: value.detach().clone()
+            name: (value.to_local() if isinstance(value, DTensor) else value).detach().clone()
             for name, value in module.state_dict().items()
             if name not in module.adapter_names
         }
@@ -272,8 +273,7 @@ def test_a_run_goes_on_with_another_strategy_as_if_nothing_had_been(
     assert changes(single, end) <= 0.01 * changes(start, single)
     shards = tmp_path / "checkpoint" / "learner_shards"
     size = sum(f.stat().st_size for f in shards.rglob("*") if f.is_file())
-    moments = 4 * sum(v.nbytes for v in end.values())  # weights, a float32 copy, and two moments
-    assert size < moments + 200_000 < Path(adder_model, "model.safetensors").stat().st_size
+    assert size < 0.5 * Path(adder_model, "model.safetensors").stat().st_size
 
 
 def test_what_does_not_belong_to_the_base_is_refused(trained, adder_model, tmp_path):
