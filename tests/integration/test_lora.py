@@ -277,31 +277,40 @@ def test_a_run_goes_on_with_another_strategy_as_if_nothing_had_been(
 
 
 def test_what_does_not_belong_to_the_base_is_refused(trained, adder_model, tmp_path):
-    _, _, path = trained
+    _, state, path = trained
     whole = config(adder_model, 0).build_algo()
-    with pytest.raises(ConfigError, match=r"adapter alone: set language_model\(lora"):
+    with pytest.raises(ConfigError, match=r"base_mark.*nothing was loaded.*lora="):
         whole.restore_from_path(str(path))
+    module = whole.learner_group._learner._unwrapped
+    with pytest.raises(ConfigError, match=r"adapter alone: set language_model\(lora"):
+        module.set_state(state)
     whole.save_to_path(str(tmp_path / "whole"))
+    weights_of_a_model = module.get_state()
     whole.stop()
-    for change, message in (
-        ({"lora": {**LORA, "rank": 2}}, "has shape"),
-        ({"lora": {**LORA, "targets": ["q_proj"]}}, "does not exist here"),
-        ({"model": json.loads(SMALL), "tokenizer": adder_model}, "another base model"),
-    ):
-        algorithm = lora_config(adder_model).language_model(**change).build_algo()
-        with pytest.raises(ConfigError, match=message):
-            algorithm.restore_from_path(str(path))
-        if "model" in change:
-            with pytest.raises(ConfigError, match="of a whole model"):
-                algorithm.restore_from_path(str(tmp_path / "whole"))
+    for lora in ({**LORA, "rank": 2}, {**LORA, "targets": ["q_proj"]}):
+        algorithm = lora_config(adder_model, lora=lora).build_algo()
+        for checkpoint in (path, tmp_path / "whole"):
+            with pytest.raises(ConfigError, match=r"nothing was loaded.*lora="):
+                algorithm.restore_from_path(str(checkpoint))
+        module = algorithm.learner_group._learner._unwrapped
+        with pytest.raises(ConfigError, match="of a whole model"):
+            module.set_state(weights_of_a_model)
         algorithm.stop()
+    with pytest.raises(ConfigError, match="has no weights for"):
+        module.set_state({BASE_MARK: state[BASE_MARK]})
 
 
-def test_remote_learners_refuse_it_too(ray_session, trained):
-    algorithm = lora_config(json.loads(SMALL), 1).build_algo()
-    with pytest.raises(ConfigError, match="another base model"):
-        algorithm.restore_from_path(str(trained[2]))
-    algorithm.stop()
+def test_an_adapter_of_another_base_is_refused_by_remote_learners_too(ray_session, tmp_path):
+    """Of the same architecture: only its values tell."""
+    for seed, learners in ((0, 0), (1, 1)):
+        setup = lora_config(json.loads(SMALL), learners).debugging(seed=seed)
+        algorithm = setup.build_algo()
+        if not seed:
+            algorithm.save_to_path(str(tmp_path / "checkpoint"))
+        else:
+            with pytest.raises(ConfigError, match="another base model"):
+                algorithm.restore_from_path(str(tmp_path / "checkpoint"))
+        algorithm.stop()
 
 
 def test_a_cold_start_trains_the_adapter(adder_model):
