@@ -14,8 +14,10 @@ import pytest
 from release.learner import bench, heads, lengths
 from release.learner.batches import SIZES, log_normal_lengths, ragged_groups, trajectories_of
 from release.learner.updates import Learner, Parts, Plain, make_model
+from release.results import renewed
 
 ROOT = Path(__file__).parents[2]
+RECORDED = ROOT / "release" / "results" / "learner.json"
 SETTINGS = SIZES["tiny"]
 
 
@@ -107,3 +109,16 @@ def test_a_way_that_is_not_installed_has_no_row(monkeypatch):
     assert [row["way"] for row in rows] == ["ours", "full"]
     assert rows[0]["of_allowed"] == pytest.approx(2 / (4 * (2 * 8 * 2 + 4 * 2 + 2 * 1024 * 4)))
     assert rows[0]["of_full"] == 1.0
+
+
+@pytest.mark.skipif(not RECORDED.exists(), reason="not recorded yet")
+def test_the_docs_show_what_was_recorded():
+    docs = (ROOT / "docs" / "speed.md").read_text()
+    recorded = json.loads(RECORDED.read_text())
+    assert renewed(docs, bench.tables(recorded["metrics"])) == docs
+    assert recorded["passed"]
+    rows = recorded["metrics"]
+    assert {row["model"] for row in rows if "of_plain" in row} == set(bench.RUNS)
+    measured = {row["way"]: row for row in rows if "way" in row}
+    assert set(measured) == {"ours", "full", "liger"}
+    assert {(r["tokens"], r["vocabulary"]) for r in measured.values()} == {bench.HEADS[:2]}
