@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.utils import _get_learner_bundles as get_learner_bundles
 from ray.rllib.core import COMPONENT_LEARNER_GROUP, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.env.env_context import EnvContext
@@ -115,7 +116,10 @@ class GTPO(Algorithm):
         """Starts vLLM, and tells all runners where to find it."""
         settings = EngineSettings.of(self.config)
         if self.config.placement == SHARED:
-            bundles, self._bundles = reserve(self._learner_bundles(self.config))
+            engine = settings.resources()
+            learners = get_learner_bundles(self.config)
+            shared = with_engines(learners, engine, len(learners), shared=True)
+            bundles, self._bundles = reserve(shared)
             settings = replace(settings, bundles=bundles)
         self.engines = EnginePool.start(settings)
         if self.config.placement == SHARED:
@@ -162,13 +166,6 @@ class GTPO(Algorithm):
             shared=settings.placement == SHARED,
         )
         return PlacementGroupFactory(bundles, strategy=settings.placement_strategy)
-
-    @classmethod
-    def _learner_bundles(cls, config: Any) -> list[dict[str, float]]:
-        """Those that learners share with engines: the last ones of a request."""
-        request = cls.default_resource_request(config.copy(copy_frozen=False))
-        bundles: list[dict[str, float]] = request.bundles[-config.num_learners :]
-        return bundles
 
     @property
     def cold_start(self) -> ColdStart | None:
