@@ -11,7 +11,13 @@ from transformers import PreTrainedTokenizerFast
 
 from rllib_gtpo.chat import ChatCodec
 from rllib_gtpo.errors import ChatTemplateError, ConfigError
-from rllib_gtpo.models import TINY_QWEN2, build_tokenizer, load_model, load_tokenizer
+from rllib_gtpo.models import (
+    TINY_QWEN2,
+    build_tokenizer,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+)
 
 TOKENIZER = build_tokenizer(extra=["leave\n", "  ", "print"])
 SMALL = {**TINY_QWEN2, "hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 4}
@@ -181,6 +187,31 @@ class TestFromScratch:
 
 
 class TestDirectories:
+    def test_mixed_dtypes_become_the_one_that_was_asked_for(self, tmp_path, monkeypatch):
+        from safetensors.torch import load_file
+
+        mixed = load_model(SMALL, seed=1)
+        mixed.get_input_embeddings().weight.data = mixed.get_input_embeddings().weight.half()
+        mixed.save_pretrained(tmp_path)
+        saved = load_file(tmp_path / "model.safetensors").values()
+        assert {v.dtype for v in saved} == {torch.float16, torch.float32}
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+            loaded = load_model(str(tmp_path), dtype=name)
+            assert {p.dtype for p in loaded.parameters()} == {dtype}
+        # A model may insist on float32 for some of its weights.
+        monkeypatch.setattr(type(mixed), "_keep_in_fp32_modules_strict", {"norm"})
+        with pytest.raises(ConfigError, match=r"norm\.weight' stays float32.*dtype='float32'"):
+            load_model(str(tmp_path), dtype="bfloat16")
+
+    def test_the_highest_id_counts_and_not_their_number(self, tmp_path):
+        class Sparse:
+            def get_vocab(self):
+                return {"a": 0, "b": 500}
+
+        with pytest.raises(ConfigError, match=r"resize_token_embeddings\(501\)"):
+            check_vocabulary(Sparse(), 300)
+        check_vocabulary(Sparse(), 501)
+
     def test_a_saved_model_is_the_same(self, tmp_path):
         model = load_model(SMALL, seed=1)
         model.save_pretrained(tmp_path)
