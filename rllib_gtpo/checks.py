@@ -245,7 +245,18 @@ def _model(config: GTPOConfig) -> None:
     for switch in ("activation_checkpointing", "torch_compile"):
         if not isinstance(getattr(config, switch), bool):
             raise ConfigError(f"{switch}={getattr(config, switch)!r}: true or false.")
-    check_optimizer(config.optimizer, config.build_strategy().name)
+    strategy = config.build_strategy()
+    check_optimizer(config.optimizer, strategy.name)
+    if config.torch_compile and strategy.chosen.get("stage") == 3:
+        raise ConfigError(
+            "torch_compile with DeepSpeed's stage 3, which gathers weights inside the layers that "
+            "would be compiled: use stage 2 or strategy='fsdp2', or leave torch_compile out."
+        )
+    if config.torch_compile_learner:
+        raise ConfigError(
+            "torch_compile_learner compiles what RLlib would run, which is replaced here: use "
+            "learners(torch_compile=True)."
+        )
     config.build_lr_schedule()
     if config.num_gpus_per_learner > 1:
         raise ConfigError(

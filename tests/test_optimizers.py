@@ -87,3 +87,17 @@ def test_switches_are_switches():
     for name in ("activation_checkpointing", "torch_compile"):
         with pytest.raises(ConfigError, match="true or false"):
             GTPOConfig().environment(Adder).learners(**{name: "no"}).validate()
+
+
+def test_what_would_be_compiled_in_vain_is_refused():
+    rllibs = GTPOConfig().environment(Adder).framework(torch_compile_learner=True)
+    with pytest.raises(ConfigError, match=r"use learners\(torch_compile=True\)"):
+        rllibs.validate()
+
+
+@pytest.mark.deepspeed
+def test_layers_whose_weights_come_and_go_are_not_compiled():
+    config = GTPOConfig().environment(Adder).learners(num_learners=2, torch_compile=True)
+    config.learners(strategy="deepspeed", strategy_options={"stage": 2}).validate()
+    with pytest.raises(ConfigError, match="stage 3"):
+        config.learners(strategy_options={"stage": 3}).validate()

@@ -62,7 +62,8 @@ def moments(learner):
 def fingerprint(algorithm):
     """Of weights and moments."""
     of_weights = [float(v.double().abs().sum()) for v in weights(algorithm.learner_group).values()]
-    return of_weights + algorithm.learner_group.foreach_learner(moments)[0].get()
+    of_learners = [result.get() for result in algorithm.learner_group.foreach_learner(moments)]
+    return of_weights + of_learners[0]
 
 
 @pytest.mark.slow
@@ -86,16 +87,16 @@ def test_the_last_good_checkpoint_loads_whenever_a_save_is_killed(
         child = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(folder), adder_model, strategy, address],
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=(folder / "stderr").open("w"),
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         lines = (line.strip() for line in child.stdout)
-        assert next(line for line in lines if line == "saving")
+        assert "saving" in lines, (folder / "stderr").read_text()
         began = time.perf_counter()
         assert next(lines) == "saved"
         took = time.perf_counter() - began
-        assert next(line for line in lines if line == "saving")
+        assert "saving" in lines
         time.sleep(moment.uniform(0.0, took))
         os.kill(child.pid, signal.SIGKILL)
         child.wait()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from ray.rllib.core.learner.training_data import TrainingData
@@ -127,3 +129,31 @@ def test_bfloat16_keeps_small_updates_under_every_strategy(
     same = torch.cat([(rounded[k] == served[k]).flatten() for k in start])
     assert crossed.float().mean() > 1e-3
     assert (~same).sum() < 0.2 * crossed.sum()
+
+
+@LEARNERS
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_recomputed_activations_change_nothing_under_any_strategy(adder_model, uneven, strategy):  # noqa: F811
+    single = local_group(config(adder_model, 0, "sgd", uniform_groups="drop"))
+    start = weights(single)
+    norms, _ = train(single, uneven, 2)
+    expected = weights(single)
+    setup = config(adder_model, 2, "sgd", uniform_groups="drop")
+    group = local_group(setup.learners(activation_checkpointing=True, **strategy))
+    again, _ = train(group, uneven, 2)
+    found = weights(group)
+    group.shutdown()
+    change = max((expected[k] - start[k]).abs().max().item() for k in start)
+    assert max((expected[k] - found[k]).abs().max().item() for k in start) <= 0.01 * change
+    assert again == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_learner_is_the_same_learner(adder_model, episodes):  # noqa: F811
+    start, plain, norms, _ = updates(config(adder_model, 0, "sgd"), episodes, 2)
+    setup = config(adder_model, 0, "sgd").learners(torch_compile=True)
+    _, compiled, again, _ = updates(setup, episodes, 2)
+    change = max((plain[k] - start[k]).abs().max().item() for k in start)
+    assert max((plain[k] - compiled[k]).abs().max().item() for k in start) <= 0.01 * change
+    assert again == pytest.approx(norms, rel=1e-4)
