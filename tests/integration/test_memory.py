@@ -132,7 +132,7 @@ def test_bfloat16_keeps_small_updates_under_every_strategy(
 
 
 @LEARNERS
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s.id in ("ddp", "fsdp2", "zero3")])
 def test_recomputed_activations_change_nothing_under_any_strategy(adder_model, uneven, strategy):  # noqa: F811
     single = local_group(config(adder_model, 0, "sgd", uniform_groups="drop"))
     start = weights(single)
