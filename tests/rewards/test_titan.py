@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_attempts_are_bounded_for_each_text(bedrock):
 def test_waits_are_random_below_a_limit_that_doubles(bedrock, monkeypatch):
     waits = []
     monkeypatch.setattr(titan, "_MAX_WAIT_S", 4.0)
-    monkeypatch.setattr(titan.time, "sleep", waits.append)
+    monkeypatch.setattr(titan, "time", SimpleNamespace(sleep=waits.append))  # of no other thread
     server = bedrock(lambda text, n: THROTTLED)
     patient = embedder(server, attempts=6, concurrency=1)
     patient.embed(["x"] * 10)
