@@ -44,7 +44,7 @@ def test_a_training_step_with_a_published_server(ray_session, runners):
         .env_runners(num_env_runners=runners)
         .language_model(
             tokenizer=build_tokenizer((CALL, "user\n", "assistant\n", "tool\n", "07:30")),
-            cold_start={"steps": 30, "batch_size": 8, "lr": 1e-2},
+            cold_start={"steps": 60, "batch_size": 8, "lr": 1e-2},
         )
         .rollouts(max_turn_tokens=16)
         .training(lr=1e-4, group_size=2, groups_per_step=2)
@@ -57,10 +57,13 @@ def test_a_training_step_with_a_published_server(ray_session, runners):
         trajectories = algorithm.learner_group._learner.last_batch.trajectories
         assert len(trajectories) == 4
         servers = running(" --local-timezone=Etc/GMT+11")
-        assert len(servers) == 1 + runners  # one for each process, shared by its trajectories
+        # One for each process, shared by its trajectories; here none if the tools are known.
+        assert 1 <= len(servers) <= 1 + runners
     finally:
         algorithm.stop()
-    answers = [r for t in trajectories for turn in t.turns for r in turn.results if not r.error]
-    assert answers and all(r.content.startswith('{\n  "source"') for r in answers)
+    results = [r for t in trajectories for turn in t.turns for r in turn.results]
+    answers = [r for r in results if not r.error]
+    assert answers, (results, trajectories)
+    assert all(r.content.startswith('{\n  "source"') for r in answers)
     assert result["tool"]["error_rate"] < 1
     assert all(gone(pid) for pid in servers)

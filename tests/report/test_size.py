@@ -16,12 +16,12 @@ from tests.record.samples import ABOUT, write_record
 
 FILES = 79
 BUILD = """
-import resource, sys, time
+import re, sys, time
 from rllib_gtpo.report import build_report
 began = time.process_time()
 print(build_report(sys.argv[1]))
 print(time.process_time() - began)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**20)
 """
 
 
