@@ -95,7 +95,7 @@ def test_two_learners_equal_one(adder_model, uneven, alone):  # noqa: F811
 
 
 @pytest.mark.deepspeed
-@pytest.mark.parametrize(("optimizer", "kl"), [("adamw", 0.0), ("sgd", 0.0), ("adamw", 2.0)])
+@pytest.mark.parametrize(("optimizer", "kl"), [("sgd", 0.0), ("adamw", 2.0)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_learners_of_any_strategy_equal_one(
     adder_model,
@@ -247,8 +247,8 @@ SINGLE = (0, {"strategy": "single"})
 @pytest.mark.deepspeed
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(FSDP2, SINGLE), (SINGLE, FSDP2), *((zero(stage), zero(stage)) for stage in (1, 2, 3))],
-    ids=["fsdp2-single", "single-fsdp2", "zero1", "zero2", "zero3"],
+    [(FSDP2, SINGLE), (SINGLE, FSDP2), (zero(3), zero(3))],
+    ids=["fsdp2-single", "single-fsdp2", "zero3"],
 )
 def test_a_run_goes_on_with_another_strategy_as_if_nothing_had_been(
     adder_model,
