@@ -111,7 +111,6 @@ def test_a_way_that_is_not_installed_has_no_row(monkeypatch):
     assert rows[0]["of_full"] == 1.0
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason="not recorded yet")
 def test_the_docs_show_what_was_recorded():
     docs = (ROOT / "docs" / "speed.md").read_text()
     recorded = json.loads(RECORDED.read_text())
