@@ -26,7 +26,7 @@ def gone(pid: int, seconds: float = 15.0) -> bool:
     while time.monotonic() < end:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # before or after it was opened
             return True
         if state == "Z":  # nobody has waited for it yet
             return True

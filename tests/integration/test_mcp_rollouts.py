@@ -44,7 +44,7 @@ def test_a_training_step_with_a_published_server(ray_session, runners):
         .env_runners(num_env_runners=runners)
         .language_model(
             tokenizer=build_tokenizer((CALL, "user\n", "assistant\n", "tool\n", "07:30")),
-            cold_start={"steps": 60, "batch_size": 8, "lr": 1e-2},
+            cold_start={"steps": 80, "batch_size": 8, "lr": 3e-3},
         )
         .rollouts(max_turn_tokens=16)
         .training(lr=1e-4, group_size=2, groups_per_step=2)
@@ -53,9 +53,12 @@ def test_a_training_step_with_a_published_server(ray_session, runners):
     )
     algorithm = config.build_algo()
     try:
-        result = algorithm.train()
-        trajectories = algorithm.learner_group._learner.last_batch.trajectories
-        assert len(trajectories) == 4
+        for _ in range(3):  # until it has called the tool
+            result = algorithm.train()
+            trajectories = algorithm.learner_group._learner.last_batch.trajectories
+            assert len(trajectories) == 4
+            if any(turn.results for t in trajectories for turn in t.turns):
+                break
         servers = running(" --local-timezone=Etc/GMT+11")
         # One for each process, shared by its trajectories; here none if the tools are known.
         assert 1 <= len(servers) <= 1 + runners
