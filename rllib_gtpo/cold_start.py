@@ -14,7 +14,7 @@ from typing import Any
 
 from rllib_gtpo.chat import ChatCodec
 from rllib_gtpo.env import ToolEnv
-from rllib_gtpo.errors import ConfigError, DataError, did_you_mean
+from rllib_gtpo.errors import ConfigError, DataError, refuse_unknown_keys
 from rllib_gtpo.packing import NOT_TRAINED, TokenSequence
 from rllib_gtpo.shuffling import EndlessOrder
 from rllib_gtpo.trace_formats.recognise import read_demonstrations
@@ -54,12 +54,7 @@ class ColdStart:
         """From a config's dict; unknown keys and impossible values raise ConfigError."""
         if settings is None:
             return None
-        known = [f.name for f in fields(ColdStart)]
-        for key in settings:
-            if key not in known:
-                raise ConfigError(
-                    f"cold_start has an unknown key {key!r}{did_you_mean(key, known)}"
-                )
+        refuse_unknown_keys("cold_start", settings, [f.name for f in fields(ColdStart)])
         start = ColdStart(**settings)
         optional = [n for n in ("validate_every", "patience") if getattr(start, n) is not None]
         for name in ("steps", "batch_size", "demonstrations", *optional):

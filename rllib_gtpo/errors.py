@@ -51,3 +51,11 @@ def did_you_mean(name: object, valid: Iterable[object]) -> str:
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0 if few else 0.6)
     guess = f"; did you mean {near[0]!r}?" if near else ""
     return guess + (f" (valid: {', '.join(names)})" if few else "")
+
+
+def refuse_unknown_keys(where: str, settings: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ConfigError for the first key of a dict of settings that is not known."""
+    names = list(known)
+    for key in settings:
+        if key not in names:
+            raise ConfigError(f"{where} has an unknown key {key!r}{did_you_mean(key, names)}")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rllib_gtpo.errors import ConfigError, did_you_mean
+from rllib_gtpo.errors import ConfigError, did_you_mean, refuse_unknown_keys
 
 if TYPE_CHECKING:
     from rllib_gtpo.config import GTPOConfig
@@ -59,10 +59,7 @@ class LoRASettings:
             return None
         if not isinstance(settings, Mapping):
             raise ConfigError(f"lora={settings!r}: give a dict, such as {{'rank': 8}}, or None.")
-        known = [f.name for f in fields(LoRASettings)]
-        for key in settings:
-            if key not in known:
-                raise ConfigError(f"lora has an unknown key {key!r}{did_you_mean(key, known)}")
+        refuse_unknown_keys("lora", settings, [f.name for f in fields(LoRASettings)])
         chosen = LoRASettings(**settings)
         rank, alpha, dropout, targets = chosen.rank, chosen.alpha, chosen.dropout, chosen.targets
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:

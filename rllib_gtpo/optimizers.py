@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rllib_gtpo.errors import ConfigError, did_you_mean
+from rllib_gtpo.errors import ConfigError, did_you_mean, refuse_unknown_keys
 
 _CANNOT = {
     "LBFGS": "it computes the loss several times a step, and here gradients are summed once",
@@ -100,12 +100,7 @@ class LRSchedule:
             return None
         if not isinstance(settings, Mapping):
             raise ConfigError(f"lr_schedule={settings!r}: give a dict, such as {{'warmup': 10}}.")
-        known = [f.name for f in fields(LRSchedule)]
-        for key in settings:
-            if key not in known:
-                raise ConfigError(
-                    f"lr_schedule has an unknown key {key!r}{did_you_mean(key, known)}"
-                )
+        refuse_unknown_keys("lr_schedule", settings, [f.name for f in fields(LRSchedule)])
         made = LRSchedule(**settings)
         if not isinstance(lr, (int, float)):
             raise ConfigError(f"lr={lr!r} is a schedule itself: give a number beside lr_schedule.")

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from rllib_gtpo import ToolEnv
 from rllib_gtpo.chat import call_format
-from rllib_gtpo.errors import ConfigError, did_you_mean
+from rllib_gtpo.errors import ConfigError, refuse_unknown_keys
 from rllib_gtpo.sandbox import Limits, SandboxResult
 from rllib_gtpo.tools.python import PythonSession, Service
 from rllib_gtpo.types import Message, Observation, Task, ToolCall
@@ -165,7 +165,7 @@ def checked_knobs(
 
     demonstrations, slips: The task's behaviours and slips, by name.
     """
-    check_names(env_config, [f.name for f in fields(kind)], "env_config")
+    refuse_unknown_keys("env_config", env_config, [f.name for f in fields(kind)])
     values: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in env_config.items()
     }
@@ -178,13 +178,6 @@ def checked_knobs(
         check_whole(name, getattr(knobs, name), low)
     check_flag("instructions", knobs.instructions)
     return knobs
-
-
-def check_names(given: Iterable[str], known: list[str], where: str) -> None:
-    """Refuses an unknown key, naming the nearest valid one."""
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"{where} has an unknown key {name!r}{did_you_mean(name, known)}")
 
 
 def check_whole(name: str, value: Any, low: int) -> None:
@@ -240,7 +233,7 @@ def _checked_numbers(
 ) -> tuple[tuple[str, float], ...]:
     if not isinstance(given, Mapping):
         raise ConfigError(f"env_config: {knob}={given!r}: a number for each behaviour, by name.")
-    check_names(given, list(known), f"env_config: {knob}")
+    refuse_unknown_keys(f"env_config: {knob}", given, known)
     for name, number in given.items():
         numeric = isinstance(number, (int, float)) and not isinstance(number, bool)
         if not numeric or not math.isfinite(number) or number < 0:

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.errors import ConfigError, refuse_unknown_keys
 from rllib_gtpo.problems import load_problems
 from rllib_gtpo.rewards.answer import extract_answer, shared_checker
 from rllib_gtpo.sandbox import Limits
@@ -37,7 +37,6 @@ from rllib_gtpo_envs.common import (
     PythonToolEnv,
     ScriptedEnv,
     check_flag,
-    check_names,
     check_range,
     checked_knobs,
 )
@@ -100,7 +99,7 @@ class Knobs(WordProblems):
     @staticmethod
     def of(env_config: Mapping[str, Any]) -> Knobs:
         """Checked knobs; ConfigError says what is valid."""
-        check_names(env_config, [f.name for f in fields(Knobs)], "env_config")
+        refuse_unknown_keys("env_config", env_config, [f.name for f in fields(Knobs)])
         given = dict(env_config)
         if given.get("tasks") is not None:
             useless = [name for name in _GENERATED if name in given]
@@ -145,7 +144,7 @@ class Knobs(WordProblems):
     def _check_python(self) -> None:
         if not isinstance(self.limits, Mapping):
             raise ConfigError(f"env_config: limits={self.limits!r}: a number for each limit.")
-        check_names(self.limits, [f.name for f in fields(Limits)], "env_config: limits")
+        refuse_unknown_keys("env_config: limits", self.limits, [f.name for f in fields(Limits)])
         for name, value in self.limits.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ConfigError(f"env_config: limits: {name}={value!r}: a number.")
