@@ -23,6 +23,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from rllib_gtpo.engines import model_runner
 from rllib_gtpo.engines.base import Request, SamplingParams
 from rllib_gtpo.engines.hf import HFEngine
 from rllib_gtpo.engines.sampling import compute_stream, compute_uniforms, sample_tokens
@@ -637,6 +638,23 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
     assert_exact(model, [(ids, completion)])
     model(torch.tensor([ids]), use_cache=False).logits.sum().backward()
     assert model.model.embed_tokens.weight.grad is not None
+
+
+@pytest.mark.parametrize(("limit", "used"), [(10**9, 1), (0, 2)])
+def test_small_steps_have_one_thread(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, limit: int, used: int
+) -> None:
+    monkeypatch.setattr(model_runner, "ONE_THREAD", limit)
+    threads = []
+    hook = model.register_forward_pre_hook(lambda *_: threads.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run(HFEngine(model, max_context=64).generate(request("t", words(1, 10), 3)))
+        assert set(threads) == {used} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+        hook.remove()
 
 
 def test_models_it_would_get_wrong_are_refused(model: PreTrainedModel) -> None:
