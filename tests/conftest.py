@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see rllib_gtpo.cli
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see rllib_gtpo.subcommands.options
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # else workers starve on a busy machine
 

@@ -72,6 +72,29 @@ def test_negative_frequency_is_refused(capsys):
     assert "-1 is negative" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["trian", "file", "x.py"],
+            "rllib: error: argument COMMAND: unknown: 'trian'; did you mean 'train'?",
+        ),
+        (["train", "fil", "x.py"], "unknown: 'fil'; did you mean 'file'?"),
+        (["train", "file", "x.py", "--overide", "lr=1"], "'--overide'; did you mean '--override'?"),
+        (["train", "file", "x.py", "y.py"], "rllib train file: error: unexpected argument 'y.py'"),
+        (["convert", "a", "b", "--from", "sharegtp"], "'sharegtp'; did you mean 'sharegpt'?"),
+        (["train", "file"], "the following arguments are required: FILE"),
+    ],
+)
+def test_mistyped_arguments_are_told_the_nearest(capsys, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    captured = capsys.readouterr().err
+    assert message in captured
+    assert captured.startswith("usage: rllib")
+
+
 def test_example_list_shows_paths_and_descriptions(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(["example", "list"]) == 0

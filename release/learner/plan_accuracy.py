@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "envs")]
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see rllib_gtpo.cli
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see rllib_gtpo.subcommands.options
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256},
