@@ -8,6 +8,7 @@ from typing import Any
 from ray.tune.logger import LoggerCallback
 
 from rllib_gtpo.command.result_log import ITERATION, ResultLog
+from rllib_gtpo.record.location import Location
 
 
 class TrialLogs(LoggerCallback):  # type: ignore[misc]
@@ -30,7 +31,8 @@ class TrialLogs(LoggerCallback):  # type: ignore[misc]
         done = int(saved.metrics.get(ITERATION, 0)) if saved is not None else 0
         directory = _directory(trial)
         directory.mkdir(parents=True, exist_ok=True)
-        log = self._logs[trial.trial_id] = ResultLog(directory, done)
+        home = Location(trial.storage.storage_filesystem, trial.path, trial.path)
+        log = self._logs[trial.trial_id] = ResultLog(directory, done, home)
         log.write_params(trial.config)
 
     def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
