@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+SITE ?= site
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -15,7 +16,7 @@ NOT_HERE := not slow and not gpu and not vllm and not deepspeed
 MYPY_TARGETS := rllib_gtpo envs/rllib_gtpo_envs
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow lint format types check ci build clean
+.PHONY: help install install-dev quickstart test test-slow lint format types docs check ci build clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +60,10 @@ format: $(DEV_STAMP) ## Fix style and formatting
 types: $(DEV_STAMP) ## Check types
 	$(BIN)/mypy $(MYPY_TARGETS)
 
+# The variable silences the announcement of mkdocs-material's successor.
+docs: $(DEV_STAMP) ## Build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict --site-dir "$(SITE)"
+
 check: lint types test ## Everything a change must pass
 
 ci: ## What the build server runs, in its own environment
@@ -68,5 +73,5 @@ build: $(DEV_STAMP) ## Build the wheel and the source distribution into dist/
 	$(BIN)/python -m build
 
 clean: ## Remove environments, caches and build products (runs/ stays)
-	rm -rf .venv .ci-venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .ci-venv dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,7 +18,7 @@ from rllib_gtpo.errors import ConfigError, DataError, refuse_unknown_keys
 from rllib_gtpo.packing import NOT_TRAINED, TokenSequence
 from rllib_gtpo.shuffling import EndlessOrder
 from rllib_gtpo.trace_formats.recognise import read_demonstrations
-from rllib_gtpo.types import Message
+from rllib_gtpo.types import Message, Task
 
 _VALIDATION = 64  # demonstrations held out for the validation loss, at most a tenth of all
 
@@ -162,4 +162,28 @@ def _expert(env: ToolEnv) -> _Source:
     for number, task in enumerate(env.tasks("train"), start=1):
         prompt = env.first_messages(task)
         for demonstration in env.expert(task):
-            yield f"expert, task {number}", prompt, demonstration, env.tool_schemas
+            where = f"expert, task {number}"
+            texts = [turn for turn in demonstration if isinstance(turn, str)]
+            messages = [turn for turn in demonstration if not isinstance(turn, str)]
+            if texts and messages:
+                raise DataError(f"{where}: a demonstration is all texts, or all messages.")
+            if texts:
+                messages = _acted_out(where, env, task, texts)
+            yield where, prompt, messages, env.tool_schemas
+
+
+def _acted_out(where: str, env: ToolEnv, task: Task, texts: list[str]) -> list[Message]:
+    """The messages of a demonstration that says what the policy does: the environment answers."""
+    env.reset(options={"task": task})
+    assert env.trajectory is not None
+    messages: list[Message] = []
+    answers: list[Message] = []
+    for number, text in enumerate(texts):
+        if (reason := env.trajectory.stop_reason) is not None:
+            raise DataError(
+                f"{where}: the trajectory is over ({reason}) before its text {number}: a text "
+                "without a call is the answer, and max_turns and done() end it, too."
+            )
+        messages += [*answers, {"role": "assistant", "content": text}]
+        answers = env.step(text)[0].messages
+    return messages

@@ -35,12 +35,14 @@ class GTPOConfig(AlgorithmConfig):
     """Configuration of GTPO.
 
     Example:
+        ```python
         config = (
             GTPOConfig()
             .environment(Handbook)
             .language_model(model="Qwen/Qwen2.5-0.5B-Instruct")
             .training(lr=1e-6, group_size=8, groups_per_step=16)
         )
+        ```
     """
 
     ALGORITHM: ClassVar[str] = "GTPO"
@@ -315,9 +317,10 @@ class GTPOConfig(AlgorithmConfig):
                 before they reach max_tokens, as the reward component "overlong".
             overlong_penalty: What reaching max_tokens costs.
             overlong_buffer: How many tokens before max_tokens the penalty starts; None: a fifth.
-            clip_low, clip_high, dual_clip, kl_coeff, kl_estimator, aggregation, constant,
-                ratio_level, importance_sampling, importance_cap, entropy_coeff: See
+            clip_low, clip_high, dual_clip, ratio_level, aggregation, constant: See
                 rllib_gtpo.ops.losses.Objective.
+            kl_coeff, kl_estimator, importance_sampling, importance_cap, entropy_coeff: See the
+                same.
             mini_batches: Optimizer steps per pass over an iteration's groups.
             epochs: Passes over an iteration's groups.
             token_budget: Tokens of a micro-batch, padding included; memory, not the result.  A

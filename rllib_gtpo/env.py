@@ -26,7 +26,7 @@ import gymnasium as gym
 from rllib_gtpo.aio import run_coroutine
 from rllib_gtpo.chat import CallFormat, call_format
 from rllib_gtpo.data import load_tasks
-from rllib_gtpo.errors import DataError, EnvironmentFault
+from rllib_gtpo.errors import DataError, EnvironmentFault, did_you_mean
 from rllib_gtpo.rewards.rubric import Rubric
 from rllib_gtpo.tools.run import run_calls
 from rllib_gtpo.tools.toolbox import Toolbox, ToolSource
@@ -36,6 +36,7 @@ from rllib_gtpo.types import (
     Observation,
     StopReason,
     Task,
+    ToolCall,
     ToolError,
     Trajectory,
     Turn,
@@ -167,9 +168,22 @@ class ToolEnv(gym.Env[Any, Any]):
         over)."""
         return False
 
-    def expert(self, task: Task) -> Iterable[list[Message]]:
-        """Demonstrations for the cold start: the messages after the prompt, assistant and tool."""
+    def expert(self, task: Task) -> Iterable[list[Message] | list[str]]:
+        """Demonstrations for the cold start.
+
+        Each is a list of texts, what the policy says in each turn (`tool_call` writes calls), and
+        the environment itself answers; or of the messages after the prompt, those of tools, too.
+        """
         return ()
+
+    def tool_call(self, name: str, /, **arguments: Any) -> str:
+        """A call as the policy writes it, in the run's call format: for `expert`, and by hand."""
+        if name not in self._toolbox.tools:
+            known = did_you_mean(name, self._toolbox.tools)
+            raise DataError(f"tool_call: {type(self).__name__} has no tool {name!r}{known}")
+        if problem := self._toolbox.tools[name].check(arguments):
+            raise DataError(f"tool_call: {problem}")
+        return self.call_format.write(ToolCall(name, arguments))
 
     # The gymnasium interface.
 

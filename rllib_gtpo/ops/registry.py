@@ -130,10 +130,12 @@ def register_estimator(
             with that value raises, instead of silently doing nothing.
 
     Example:
+        ```python
         @register_estimator("outcome_only")
         def outcome_only(turns: Turns, *, outcome: Tensor, shift: float = 0.0) -> TurnCredit:
             one = torch.ones_like(outcome)
             return TurnCredit(outcome, shift * one, one, outcome - shift)
+        ```
     """
     if not isinstance(name, str):
         raise TypeError('register_estimator needs a name: @register_estimator("my_estimator")')

@@ -28,7 +28,9 @@ def turn_returns(rewards: Tensor, trajectory: Tensor, gamma: float) -> Tensor:
         ValueError: Naming the row, for bad shapes, NaN, infinity or a split trajectory.
 
     Example:
+        ```python
         rewards [0, 0, 1 | 1], trajectory [7, 7, 7 | 3], gamma 0.9  ->  [0.81, 0.9, 1 | 1]
+        ```
     """
     check_rows("rewards", rewards, integer=False)
     check_rows("trajectory", trajectory, rewards, integer=True)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from rllib_gtpo.errors import ConfigError, DataError
 from rllib_gtpo.record.location import Location, record_of
-from rllib_gtpo.record.schema import FILE_NAME, FILE_PATTERN, METADATA, SCHEMA, VERSION
+from rllib_gtpo.record.schema import FILE_PATTERN, METADATA, SCHEMA, VERSION
 from rllib_gtpo.types import Group, StopReason, ToolCall, ToolError, ToolResult, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,7 @@ class IterationFile:
 
 
 def record_files(
-    run: str | Path | Location,
-    problems: list[str] | None = None,
-    last: int | None = None,
-    first: int = 0,
+    run: str | Path, problems: list[str] | None = None, last: int | None = None
 ) -> list[IterationFile]:
     """The readable files of a run's record, in order of iterations.
 
@@ -57,7 +54,6 @@ def record_files(
         run: A run's directory or that of a record, on this machine or elsewhere (s3://...).
         problems: Gets a line for each file that is left out, and why; without it they are logged.
         last: The last iteration to take.
-        first: The first one; earlier files are not opened.
 
     Raises:
         ConfigError: The place cannot be read, or does not exist.
@@ -67,7 +63,7 @@ def record_files(
         raise ConfigError(f"{run}: no such directory.")
     found: list[IterationFile] = []
     for name in location.names():
-        if not fnmatch(name, FILE_PATTERN) or name < FILE_NAME.format(first):
+        if not fnmatch(name, FILE_PATTERN):
             continue
         try:
             file = _open(location, name)
@@ -97,8 +93,10 @@ def load(
         DataError: There is no record.
 
     Example:
+        ```python
         rows = rllib_gtpo.record.load("runs/calculator")
         rows.filter(lambda row: row["stop_reason"] == "max_turns")[0]["messages"]
+        ```
     """
     import datasets
 

@@ -252,6 +252,46 @@ class TestData:
         with pytest.raises(DataError, match="override expert"):
             load_demonstrations(ColdStart(), Silent(), config().build_codec(), 0, 1000)
 
+    def test_the_environment_answers_what_demonstrations_say(self):
+        class Spoken(Adder):
+            def expert(self, task):
+                a, b = map(int, task["question"].split("+"))
+                yield [self.tool_call("add", a=a, b=b), task["answer"]]
+
+        class Written(Spoken):
+            def expert(self, task):
+                roles = ("assistant", "tool", "assistant")
+                call, answer = next(super().expert(task))
+                texts = zip(roles, (call, task["answer"], answer), strict=True)
+                yield [{"role": role, "content": text} for role, text in texts]
+
+        codec = config().build_codec()
+        spoken, written = (
+            load_demonstrations(ColdStart(), env(), codec, 0, 1000) for env in (Spoken, Written)
+        )
+        assert spoken.validation and spoken.validation == written.validation
+        assert spoken.batch(0, 8) == written.batch(0, 8)
+
+    @pytest.mark.parametrize(
+        ("said", "message"),
+        [
+            (["3", "4"], r"expert, task 1: the trajectory is over \(answer\) before its text 1"),
+            (["3", {"role": "assistant", "content": "4"}], "all texts, or all messages"),
+            (None, "has no tool 'ad'; did you mean 'add'"),
+        ],
+    )
+    def test_a_demonstration_that_cannot_be_acted_out_is_named(self, said, message):
+        class Wrong(Adder):
+            def expert(self, task):
+                yield said or [self.tool_call("ad", a=1, b=2)]
+
+        with pytest.raises(DataError, match=message):
+            load_demonstrations(ColdStart(), Wrong(), config().build_codec(), 0, 1000)
+
+    def test_a_call_that_violates_the_schema_is_not_written(self):
+        with pytest.raises(DataError, match="argument 'a' of tool 'add' must be integer"):
+            Adder().tool_call("add", a="one", b=2)
+
     def test_demonstrations_that_are_too_long_are_left_out(self, capsys):
         start, codec = ColdStart(), config().build_codec()
         everything = load_demonstrations(start, Adder(), codec, 0, 1000)
