@@ -46,6 +46,8 @@ class RunRecord:
     status: str = "running"  # running | interrupted | completed
     kind: str = "run"  # run | sweep
     held_out_accuracy: list[float] | None = None
+    metric: str | None = None  # of a sweep: by what its trials are compared,
+    mode: str = "max"  # and whether more of it is better
 
 
 @dataclass(frozen=True)

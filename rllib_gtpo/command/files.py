@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rllib_gtpo.command.quiet import registering
 from rllib_gtpo.command.settings import apply_settings, parse_yaml
 from rllib_gtpo.command.stopping import hint
+from rllib_gtpo.command.tuning import read_tuning
 from rllib_gtpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ _YAML_KEYS = ("run", "env", "config", "stop", "num_samples", "checkpoint_freq")
 
 @dataclass
 class Experiment:
-    """What a file asks for."""
+    """What a file asks for.
+
+    tune_config: A ray.tune.TuneConfig, or None.
+    callbacks: Of Tune; also of a single trial.
+    """
 
     name: str
     file: Path
@@ -34,6 +39,8 @@ class Experiment:
     stop: dict[str, Any] = field(default_factory=dict)
     num_samples: int = 1
     checkpoint_freq: int | None = None
+    tune_config: Any = None
+    callbacks: list[Any] = field(default_factory=list)
 
     @property
     def algorithm(self) -> str:
@@ -105,10 +112,18 @@ def _load_python(path: Path) -> Experiment:
     stop = getattr(module, "stop", None) or {}
     if not isinstance(stop, dict):
         raise ConfigError(f"{path}: `stop` must be a dict, not {type(stop).__name__}")
-    num_samples = int(getattr(module, "num_samples", 1))
+    tune_config, callbacks, num_samples = read_tuning(module, path)
     # A copy: overrides must not leak into a module that somebody imports again.
     config = config.copy(copy_frozen=False)
-    return Experiment(path.stem, path, config, dict(stop), num_samples)
+    return Experiment(
+        name=path.stem,
+        file=path,
+        config=config,
+        stop=dict(stop),
+        num_samples=num_samples,
+        tune_config=tune_config,
+        callbacks=callbacks,
+    )
 
 
 def _import(path: Path) -> ModuleType:

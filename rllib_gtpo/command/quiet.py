@@ -43,6 +43,21 @@ _LOG_MESSAGES: tuple[tuple[str, str, str], ...] = (
         "Install gputil",
         "RLlib starts the monitor by itself; the package is unmaintained",
     ),
+    (
+        "ray.train._internal.storage",
+        "Checkpoint successfully created at",
+        "a line for every checkpoint of every trial",
+    ),
+    (
+        "ray.tune.trainable.trainable",
+        "Restored on",
+        "a line for every trial of a sweep that goes on",
+    ),
+    (
+        "ray.tune.analysis.experiment_analysis",
+        "Failed to fetch metrics for",
+        "trials that have not begun have none",
+    ),
 )
 
 _WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (

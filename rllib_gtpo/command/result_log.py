@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rllib_gtpo.command.stopping import flatten, numbers
+from rllib_gtpo.record.location import Location
+from rllib_gtpo.report.tensorboard import TensorBoardLog
 
 ITERATION = "training_iteration"
 
@@ -24,13 +25,16 @@ class ResultLog:
     instance on a full disk, is reported once and does not end the training.
     """
 
-    def __init__(self, directory: Path, last_iteration: int = 0) -> None:
+    def __init__(
+        self, directory: Path, last_iteration: int = 0, home: Location | None = None
+    ) -> None:
+        """`home` is where the run's record is, if not in the same directory."""
         self._json = directory / "result.json"
         self._csv = directory / "progress.csv"
         self._directory = directory
         self._last_iteration = last_iteration
         self._columns: list[str] = []
-        self._writer: Any = None
+        self._board = TensorBoardLog(directory, home or Location.of(directory), last_iteration)
         self._warned = False
         self._drop_later_rows()
 
@@ -47,20 +51,18 @@ class ResultLog:
         try:
             self._write_json(result)
             self._write_csv({ITERATION: result[ITERATION], **flatten(result)})
-            self._write_events(numbers(result), int(result[ITERATION]))
+            self._board.write(numbers(result), int(result[ITERATION]))
         except OSError as error:
             if not self._warned:
                 print(f"warning: results are not being written: {error}", file=sys.stderr)
             self._warned = True
 
     def close(self) -> None:
-        """Flushes the TensorBoard events."""
-        if self._writer is not None:
-            try:
-                self._writer.close()
-            except OSError as error:
-                print(f"warning: TensorBoard events are incomplete: {error}", file=sys.stderr)
-            self._writer = None
+        """Shows the rest of the record in TensorBoard; call it when that is complete."""
+        try:
+            self._board.close()
+        except OSError as error:
+            print(f"warning: TensorBoard events are incomplete: {error}", file=sys.stderr)
 
     def _write_json(self, result: Mapping[str, Any]) -> None:
         from ray.tune.utils.util import SafeFallbackEncoder
@@ -77,18 +79,6 @@ class ResultLog:
             self._rewrite_csv(rows)
         with self._csv.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(dict(row))
-
-    def _write_events(self, metrics: Mapping[str, float], step: int) -> None:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(
-                str(self._directory), purge_step=step if self._last_iteration else None
-            )
-        for key, value in metrics.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(key, value, global_step=step)
-        self._writer.flush()
 
     def _read_csv(self) -> list[dict[str, Any]]:
         if not self._csv.exists():

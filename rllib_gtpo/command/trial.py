@@ -208,10 +208,10 @@ class Trial:
         )
 
     def _close(self) -> None:
+        if self.algo is not None:
+            self.algo.stop()  # completes the record, which the log shows
         if self.log is not None:
             self.log.close()
-        if self.algo is not None:
-            self.algo.stop()
 
     def _say(self, line: str) -> None:
         """Prints a line; a reader that closed the pipe ends the run as a signal would."""

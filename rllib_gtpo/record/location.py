@@ -130,8 +130,8 @@ def read_pointer(home: Location) -> Location | None:
         raise ConfigError(f"{home.address}/{POINTER} is damaged: {error!r}") from error
 
 
-def record_of(run: str | Path) -> Location:
+def record_of(run: str | Path | Location) -> Location:
     """The record of a run's directory; or the directory itself, which then is a record."""
-    home = Location.of(run)
+    home = run if isinstance(run, Location) else Location.of(run)
     inside = home / DIRECTORY
     return read_pointer(home) or (inside if inside.exists() else home)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from rllib_gtpo.errors import ConfigError, DataError
 from rllib_gtpo.record.location import Location, record_of
-from rllib_gtpo.record.schema import FILE_PATTERN, METADATA, SCHEMA, VERSION
+from rllib_gtpo.record.schema import FILE_NAME, FILE_PATTERN, METADATA, SCHEMA, VERSION
 from rllib_gtpo.types import Group, StopReason, ToolCall, ToolError, ToolResult, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,10 @@ class IterationFile:
 
 
 def record_files(
-    run: str | Path, problems: list[str] | None = None, last: int | None = None
+    run: str | Path | Location,
+    problems: list[str] | None = None,
+    last: int | None = None,
+    first: int = 0,
 ) -> list[IterationFile]:
     """The readable files of a run's record, in order of iterations.
 
@@ -54,6 +57,7 @@ def record_files(
         run: A run's directory or that of a record, on this machine or elsewhere (s3://...).
         problems: Gets a line for each file that is left out, and why; without it they are logged.
         last: The last iteration to take.
+        first: The first one; earlier files are not opened.
 
     Raises:
         ConfigError: The place cannot be read, or does not exist.
@@ -63,7 +67,7 @@ def record_files(
         raise ConfigError(f"{run}: no such directory.")
     found: list[IterationFile] = []
     for name in location.names():
-        if not fnmatch(name, FILE_PATTERN):
+        if not fnmatch(name, FILE_PATTERN) or name < FILE_NAME.format(first):
             continue
         try:
             file = _open(location, name)

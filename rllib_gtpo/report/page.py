@@ -35,12 +35,12 @@ class Page:
 
     def __enter__(self) -> Page:
         self._file = self._partial.open("wb")
-        self._style, self._script = _asset("report.css"), _asset("report.js")
+        self._style, self._script = asset("report.css"), asset("report.js")
         policy = (
-            f"default-src 'none'; img-src data:; style-src '{_hash(self._style)}'; "
-            f"script-src '{_hash(self._script)}'; base-uri 'none'; form-action 'none'"
+            f"default-src 'none'; img-src data:; style-src '{source_hash(self._style)}'; "
+            f"script-src '{source_hash(self._script)}'; base-uri 'none'; form-action 'none'"
         )
-        head = _asset("head.html").replace(b"{policy}", policy.encode())
+        head = asset("head.html").replace(b"{policy}", policy.encode())
         self._file.write(head.replace(b"{style}", self._style))
         return self
 
@@ -83,9 +83,11 @@ class Page:
         self._file.write(packed + b"</script>\n")
 
 
-def _asset(name: str) -> bytes:
+def asset(name: str) -> bytes:
+    """A file of the page's own."""
     return (files("rllib_gtpo.report") / "assets" / name).read_bytes().strip()
 
 
-def _hash(text: bytes) -> str:
+def source_hash(text: bytes) -> str:
+    """As a content security policy names a style or a script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text).digest()).decode()

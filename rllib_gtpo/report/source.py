@@ -80,7 +80,7 @@ def _local(path: Path) -> Source:
     of_a_run = any((root / name).is_file() for name in ("run.json", "result.json"))
     if not of_a_run and not source.files and not source.notes:
         raise ConfigError(f"{root} is not a run: it has no run.json, no result.json and no record.")
-    source.results = _results(root / "result.json", last)
+    source.results = read_results(root / "result.json", last)
     if last is not None:
         source.name = f"{source.name} at {path.name}"
     return source
@@ -106,7 +106,7 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _results(path: Path, last: int | None) -> list[dict[str, float]]:
+def read_results(path: Path, last: int | None = None) -> list[dict[str, float]]:
     """Rows of result.json; the torn last line of a run that is being written is not one."""
     rows = []
     try:

@@ -18,22 +18,27 @@ _TOP = 10
 _COLUMNS = ("iter", "group", "task", "solved", "reward", "signal", "dead", "invalid")
 
 
-class _Console(Console):
+class PipeConsole(Console):
     """Leaves a closed pipe to the command, which has an exit code for it."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
-def print_overview(overview: dict[str, Any], group: dict[str, Any] | None) -> None:
-    """Prints curves, the groups with most signal, and one of them turn by turn."""
+def open_console(**options: Any) -> PipeConsole:
+    """A console on standard output."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only
-    console = _Console(file=sys.stdout)
+    return PipeConsole(file=sys.stdout, **options)
+
+
+def print_overview(overview: dict[str, Any], group: dict[str, Any] | None) -> None:
+    """Prints curves, the groups with most signal, and one of them turn by turn."""
+    console = open_console()
     settings = "  ".join(f"{name} {value}" for name, value in overview["settings"].items())
-    console.print(Panel(Text(_plain(settings)), title=Text(_plain(overview["name"])), expand=False))
+    console.print(Panel(Text(plain(settings)), title=Text(plain(overview["name"])), expand=False))
     for note in overview["notes"]:
-        console.print(Text(f"note: {_plain(note)}", style="yellow"))
+        console.print(Text(f"note: {plain(note)}", style="yellow"))
     console.print(_curves(overview["curves"], ascii_only=console.options.ascii_only))
     if overview["groups"]:
         console.print(_groups(overview["groups"]))
@@ -48,7 +53,7 @@ def _curves(curves: Sequence[dict[str, Any]], ascii_only: bool) -> Table:
     for curve in curves:
         values = [point[1] for point in curve["points"]]
         line = _spark(values, _ASCII_BARS if ascii_only else _BARS)
-        table.add_row(curve["title"], _short(values[0]), _short(values[-1]), line)
+        table.add_row(curve["title"], short(values[0]), short(values[-1]), line)
     return table
 
 
@@ -62,10 +67,10 @@ def _groups(groups: Sequence[dict[str, Any]]) -> Table:
         table.add_row(
             str(group["iteration"]),
             str(group["id"]),
-            Text(_plain(group["task"])[:24]),
+            Text(plain(group["task"])[:24]),
             f"{group['solved']:.0%}",
-            _short(group["reward"]),
-            _short(group["signal"]),
+            short(group["reward"]),
+            short(group["signal"]),
             f"{group['dead']:.0%}",
             str(group["invalid"]),
         )
@@ -74,7 +79,7 @@ def _groups(groups: Sequence[dict[str, Any]]) -> Table:
 
 def _print_group(console: Console, group: dict[str, Any]) -> None:
     table = Table(
-        title=Text(f"Iteration {group['iteration']}, group {group['id']}: {_plain(group['task'])}"),
+        title=Text(f"Iteration {group['iteration']}, group {group['id']}: {plain(group['task'])}"),
         caption="advantage of each turn; ! invalid call, s shaped",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -85,7 +90,7 @@ def _print_group(console: Console, group: dict[str, Any]) -> None:
     for t in group["trajectories"]:
         cells = [_advantage(turn) for turn in t["turns"]]
         mark = Text(f"{t['member']} {'right' if t['correct'] else 'wrong'}")
-        table.add_row(mark, _short(t["reward"]), *cells)
+        table.add_row(mark, short(t["reward"]), *cells)
     console.print(table)
 
 
@@ -106,10 +111,11 @@ def _spark(values: Sequence[float], bars: str, width: int = 32) -> str:
     return "".join(bars[min(len(bars) - 1, int((v - low) / span * len(bars)))] for v in means)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """With three digits."""
     return f"{value:.3g}"
 
 
-def _plain(text: object) -> str:
+def plain(text: object) -> str:
     """Without what would move the cursor, or worse: models write anything."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text))

@@ -253,7 +253,12 @@ def test_print_report_in_this_process(run, capsys):
 
 def test_assets_are_in_the_package():
     assets = Path(groups.__file__).parent / "assets"
-    assert {path.name for path in assets.iterdir()} == {"head.html", "report.css", "report.js"}
+    assert {path.name for path in assets.iterdir()} == {
+        "head.html",
+        "report.css",
+        "report.js",
+        "sweep.css",
+    }
 
 
 def test_the_page_shows_pictures_that_exist():
