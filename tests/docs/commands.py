@@ -8,6 +8,8 @@ import tomllib
 from pathlib import Path
 
 from rllib_gtpo.cli import build_parser
+from rllib_gtpo.command.files import load_experiment
+from rllib_gtpo.command.settings import apply_overrides, parse_stop
 
 ROOT = Path(__file__).parents[2]
 NOT_OURS = {
@@ -51,10 +53,17 @@ def check_command(line: str, where: str, *, excused: bool = False) -> None:
 
 
 def _check_rllib(words: list[str], where: str) -> None:
+    """The options are known; an experiment that exists is loaded, and takes the overrides."""
     try:
-        build_parser().parse_args(words)
+        args = build_parser().parse_args(words)
     except SystemExit as refused:
         assert not refused.code, f"{where}: rllib {' '.join(words)} is not understood"
+        return
+    file = ROOT / getattr(args, "file", "")
+    if file.suffix in (".py", ".yaml") and file.is_file():
+        experiment = load_experiment(file)
+        apply_overrides(experiment.config, getattr(args, "override", []))
+        parse_stop(getattr(args, "stop", []))
 
 
 def _check_make(words: list[str], where: str) -> None:

