@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import sys
 
 import pytest
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
 from rllib_gtpo import GTPOConfig
 from rllib_gtpo.chat.formats.base import _FORMATS
@@ -115,16 +117,17 @@ def test_the_page_of_the_tools_shows_what_tools_do(names_of):
     assert f"`Error: {problem}`" in page.read_text()
 
 
-def test_the_table_of_settings_has_the_settings():
+def test_the_table_of_settings_has_all_of_them_with_their_defaults():
     table = (ROOT / "docs" / "settings.md").read_text()
-    known = GTPOConfig().setting_names()
-    rows = re.findall(
-        r"^\| `\.(language_model|rollouts|training|rewards)\(\)` \| (.*) \|$", table, re.M
-    )
-    assert len(rows) == 4
-    for _, settings in rows:
-        for name in re.findall(r"`(\w+)`", settings):
-            assert name in known, name
+    config = GTPOConfig()
+    shown = set()
+    for call, settings in re.findall(r"^\| (`\.\w+\(\)`.*?) \| (.*) \|$", table, re.M):
+        for name, default in re.findall(r"`(\w+)=([^`]+)`", settings):
+            name = f"evaluation_{name}" if "evaluation" in call else config.attribute_name(name)
+            assert getattr(config, name) == ast.literal_eval(default), name
+            shown.add(name)
+    own = {name for name in set(vars(config)) - set(vars(AlgorithmConfig())) if name[0] != "_"}
+    assert own - shown == {"language_model_source"}  # which is `model`
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
