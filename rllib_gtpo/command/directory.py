@@ -46,6 +46,7 @@ class RunRecord:
     status: str = "running"  # running | interrupted | completed
     kind: str = "run"  # run | sweep
     held_out_accuracy: list[float] | None = None
+    trial_id: str = ""  # by which trackers know a run that goes on
     metric: str | None = None  # of a sweep: by what its trials are compared,
     mode: str = "max"  # and whether more of it is better
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+import uuid
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -89,6 +90,7 @@ def _record(experiment: Experiment, options: RunOptions) -> RunRecord:
         overrides=list(options.override),
         stop=list(options.stop),
         versions=versions,
+        trial_id=uuid.uuid4().hex[:8],
     )
 
 
@@ -100,6 +102,7 @@ def _continued_record(old: RunRecord, new: RunRecord, path: Path) -> RunRecord:
         raise ConfigError(f"{path} is a run of {old.algorithm}, not of {new.algorithm}")
     new.overrides = old.overrides + new.overrides
     new.stop = old.stop + new.stop
+    new.trial_id = old.trial_id or new.trial_id
     new.status, new.kind, new.held_out_accuracy = old.status, old.kind, old.held_out_accuracy
     return new
 

@@ -146,6 +146,7 @@ def _tuner(
     path = run.path.absolute()
     if hasattr(experiment.config, "progress"):
         experiment.config.progress = False  # the bars of several trials would mix
+    loggers = [*experiment.callbacks, TrialLogs()]
     run_config = tune.RunConfig(
         name=_TUNE_DIRECTORY,
         storage_path=str(path),
@@ -157,7 +158,7 @@ def _tuner(
             checkpoint_at_end=True,
             num_to_keep=max(1, options.keep),
         ),
-        callbacks=[*experiment.callbacks, TrialLogs(), SweepProgress(goal), SaveAndStop(stopper)],
+        callbacks=[*loggers, SweepProgress(goal), SaveAndStop(stopper, loggers)],
         verbose=2 if options.debug else 0,
     )
     if not (path / _TUNE_DIRECTORY / "tuner.pkl").exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from ray.tune import Callback, Stopper
@@ -86,10 +87,15 @@ class SaveAndStop(Callback):  # type: ignore[misc]
     """After a first Ctrl-C or SIGTERM, every running trial finishes its step and saves.
 
     Then the sweep ends, through the signal that Tune itself listens to.
+
+    Args:
+        stopper: Knows whether somebody asked for a stop.
+        loggers: Callbacks that are told that the trials end; Tune does not, and W&B's would wait
+            for it for half an hour.
     """
 
-    def __init__(self, stopper: interrupts.Stopper) -> None:
-        self._stopper = stopper
+    def __init__(self, stopper: interrupts.Stopper, loggers: Sequence[Any]) -> None:
+        self._stopper, self._loggers = stopper, loggers
         self._saved: set[str] = set()
 
     def on_trial_result(
@@ -108,8 +114,13 @@ class SaveAndStop(Callback):  # type: ignore[misc]
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """See Callback."""
-        if self._stopper.requested and not any(self._waits_for(trial) for trial in trials):
-            signal.raise_signal(signal.SIGUSR1)
+        if not self._stopper.requested or any(self._waits_for(trial) for trial in trials):
+            return
+        for trial in trials:
+            if trial.status == TuneTrial.RUNNING:
+                for logger in self._loggers:
+                    logger.on_trial_complete(iteration=iteration, trials=trials, trial=trial)
+        signal.raise_signal(signal.SIGUSR1)
 
     def _waits_for(self, trial: Any) -> bool:
         """Whether there is something of the trial's to save."""

@@ -27,6 +27,7 @@ from rllib_gtpo.command.output import mute_stdout, print_end
 from rllib_gtpo.command.quiet import building
 from rllib_gtpo.command.ray_session import check_resources, ray_session
 from rllib_gtpo.command.result_log import ITERATION, ResultLog
+from rllib_gtpo.command.single_trial import TrialCallbacks
 from rllib_gtpo.command.stopping import StopCriteria, numbers
 from rllib_gtpo.errors import ConfigError, Interrupted
 
@@ -49,6 +50,7 @@ class Trial:
         self.stopper = Stopper()
         self.algo: Any = None
         self.log: ResultLog | None = None
+        self.callbacks: TrialCallbacks | None = None  # of Tune
         self.metrics: dict[str, float] = {}
         self.saved: Checkpoint | None = None
         self.dirty = False  # whether there is state that no checkpoint holds
@@ -64,6 +66,8 @@ class Trial:
                 print("stopped at once, without saving", file=sys.stderr)
                 code = self.stopper.code or 130
             except Exception as error:
+                if self.callbacks is not None:
+                    self.callbacks.end(failed=True)
                 if self.saved is not None and not isinstance(error, ConfigError):
                     print(f"last good checkpoint: {self.saved.path.absolute()}", file=sys.stderr)
                 raise
@@ -111,7 +115,11 @@ class Trial:
         self.run.record.status = "running"
         self.run.write_record()
         self.log = ResultLog(self.run.path, iteration)
-        self.log.write_params(self.experiment.config.to_dict())
+        settings = self.experiment.config.to_dict()
+        self.log.write_params(settings)
+        self.callbacks = TrialCallbacks(self.experiment.callbacks, self.run, settings)
+        with nullcontext() if self.options.debug else building():  # W&B starts an actor
+            self.callbacks.start(self.criteria.thresholds, resumed=checkpoint is not None)
         self.stopper.attach(self.algo)
 
     def _train(self) -> bool:
@@ -140,8 +148,9 @@ class Trial:
             except Interrupted:
                 return False
             self.metrics = numbers(result)
-            assert self.log is not None
+            assert self.log is not None and self.callbacks is not None
             self.log.write(result)
+            self.callbacks.result(result, done=self.criteria.reached(self.metrics) is not None)
             self._say(self._summary(result))
             self.criteria.check_known(self.metrics)
             if self._periodic():
@@ -159,6 +168,8 @@ class Trial:
             "metrics": self.metrics,
         }
         self.saved = self.run.save(self.algo.iteration, progress, self.algo.save_checkpoint)
+        if self.callbacks is not None:
+            self.callbacks.saved(self.saved.path, self.metrics)
         self.dirty = False
 
     def _save_periodic(self) -> None:
@@ -212,6 +223,8 @@ class Trial:
             self.algo.stop()  # completes the record, which the log shows
         if self.log is not None:
             self.log.close()
+        if self.callbacks is not None:
+            self.callbacks.end()
 
     def _say(self, line: str) -> None:
         """Prints a line; a reader that closed the pipe ends the run as a signal would."""

@@ -30,6 +30,7 @@ HISTOGRAM = "advantage_histogram/turn_{}"
 CORRELATION = "estimators/correlation/{}"
 COMPARED = 64  # trajectories of an iteration, at most
 _BINS = 40
+_NARROWEST = 1e-3  # a histogram, all in all
 
 _LAYOUT: dict[str, dict[str, list[str]]] = {
     "Learning": {
@@ -87,18 +88,12 @@ class TensorBoardLog:
 
     def write(self, metrics: Mapping[str, float], step: int) -> None:
         """One iteration's metrics, under their names."""
-        from torch.utils.tensorboard.summary import scalar
-
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(
-                str(self._directory), purge_step=step if self._resumed else None
-            )
         found = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._arrange(found)
-        self._add([scalar(name, value) for name, value in found.items()], step)
-        self._writer.flush()
+        try:
+            self._write(found, step)
+        except OSError:
+            self._writer = None  # it never writes again; its successor has a file of its own
+            raise
         if self._pending is None or self._pending.done():
             self._pending = self._thread.submit(self._show_record)
 
@@ -109,6 +104,19 @@ class TensorBoardLog:
             self._writer.close()
             self._writer = None
         self._thread.shutdown()
+
+    def _write(self, metrics: Mapping[str, float], step: int) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(
+                str(self._directory), purge_step=step if self._resumed else None
+            )
+        self._arrange(metrics)
+        self._add([scalar(name, value) for name, value in metrics.items()], step)
+        self._writer.flush()
 
     def _add(self, summaries: Sequence[Any], step: int) -> None:
         """All at once: an event for each would take several times as long."""
@@ -129,8 +137,8 @@ class TensorBoardLog:
         try:
             problems: list[str] = []
             for file in record_files(self._home, problems, first=self._shown + 1):
+                self._shown = file.iteration  # whatever comes of it
                 self._add(list(record_summaries(file)), file.iteration)
-                self._shown = file.iteration
             self._writer.flush()
         except (OSError, ValueError, KeyError, pa.ArrowException, GTPOError) as error:
             if not self._warned:
@@ -158,13 +166,20 @@ def record_summaries(file: IterationFile) -> Iterator[Any]:
     from torch.utils.tensorboard.summary import histogram, scalar, text
 
     for name, values in advantages_by_turn(file.read(["turns"])).items():
-        yield histogram(HISTOGRAM.format(name), values, _BINS)
+        yield histogram(HISTOGRAM.format(name), values, _edges(values))
     columns = [name for name in TRAJECTORY_FIELDS if name != "tools"]
     rows = file.read([*columns, "token_ids"]).slice(0, COMPARED).to_pylist()
     for name, value in estimator_correlations(rows, file.about).items():
         yield scalar(CORRELATION.format(name), value)
     for name, shown in sampled_transcripts(rows).items():
         yield text(name, shown)
+
+
+def _edges(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Of bins that are not narrower than what advantages are worth telling apart by."""
+    middle, span = (values.max() + values.min()) / 2, values.max() - values.min()
+    half = max(span, _NARROWEST) / 2
+    return np.linspace(middle - half, middle + half, _BINS + 1)
 
 
 def advantages_by_turn(table: pa.Table) -> dict[str, np.ndarray[Any, Any]]:

@@ -13,6 +13,7 @@ from tensorboard.util import tensor_util
 from rllib_gtpo import record
 from rllib_gtpo.ops.advantages import ESTIMATORS
 from rllib_gtpo.record.location import Location
+from rllib_gtpo.report import tensorboard
 from rllib_gtpo.report.tensorboard import TensorBoardLog, arrange
 from tests.record.samples import write_record
 
@@ -72,6 +73,13 @@ def test_histograms_are_of_all_recorded_advantages_by_turn(run):
         assert (shown.min, shown.max) == (min(values), max(values))
         assert shown.sum == pytest.approx(sum(values))
         assert sum(shown.bucket) == 16
+
+
+def test_histograms_of_advantages_that_hardly_differ():
+    for values in ([0.5], [0.5, 0.5 + 1e-16], [1e6, 1e6 + 1e-9], [-1.0, 2.0]):
+        edges = tensorboard._edges(np.array(values))
+        counts, _ = np.histogram(values, edges)
+        assert counts.sum() == len(values) and (np.diff(edges) > 0).all()
 
 
 def test_the_used_estimator_agrees_with_itself_and_others_less(run):
