@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,11 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
 from rllib_gtpo.chat import call_format
 from rllib_gtpo.cold_start import ColdStart
+from rllib_gtpo.engines.hf import HFEngine
 from rllib_gtpo.engines.vllm import check_vllm
-from rllib_gtpo.errors import ConfigError, did_you_mean
+from rllib_gtpo.errors import ConfigError, did_you_mean, refuse_unknown_keys
 from rllib_gtpo.lora import check_lora
+from rllib_gtpo.models import check_source
 from rllib_gtpo.ops.advantages import ESTIMATORS
 from rllib_gtpo.ops.losses import Objective
 from rllib_gtpo.optimizers import check_optimizer
@@ -103,6 +106,9 @@ def _credit(config: GTPOConfig) -> None:
             f"groups_per_step={config.groups_per_step}: "
             "mini-batches are whole groups, so some would be empty."
         )
+    for name in ("num_learners", "num_env_runners"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name}={getattr(config, name)}: 0 or more.")
     if config.num_learners > config.groups_per_step:
         raise ConfigError(
             f"num_learners={config.num_learners} is more than "
@@ -123,6 +129,9 @@ def _sampling(config: GTPOConfig) -> None:
             "placement='shared' has no effect with engine='hf', whose model is in the env runners: "
             "use engine='vllm', or leave it out."
         )
+    if config.engine == "hf":
+        known = inspect.signature(HFEngine).parameters.keys() - {"model", "max_context"}
+        refuse_unknown_keys("engine_config", config.engine_config, sorted(known))
     if config.temperature <= 0.0:
         raise ConfigError(
             f"temperature={config.temperature}: training samples need a temperature above 0, "
@@ -239,6 +248,7 @@ def _groups(config: GTPOConfig) -> None:
 def _model(config: GTPOConfig) -> None:
     if config.dtype not in _DTYPES:
         raise ConfigError(_one_of("dtype", config.dtype, _DTYPES))
+    check_source(config.language_model_source, config.tokenizer)
     call_format(config.call_format)
     ColdStart.of(config.cold_start)
     check_lora(config)
@@ -298,7 +308,7 @@ def _without_effect(config: GTPOConfig) -> None:
     """Settings that would silently do nothing."""
     ours = "use group_size, groups_per_step, mini_batches, epochs and token_budget"
     defaults = AlgorithmConfig()
-    for name in ("num_epochs", "minibatch_size"):
+    for name in ("num_epochs", "minibatch_size", "train_batch_size"):
         if getattr(config, name) != getattr(defaults, name):
             raise ConfigError(f"{name} has no effect here; {ours} instead.")
     if config.grad_clip_by != defaults.grad_clip_by:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rllib_gtpo.subcommands import IN_ORDER_OF_HELP
 from rllib_gtpo.subcommands.options import EXIT_CODES, Parser
+from rllib_gtpo.subcommands.train import words_of
 
 EXAMPLES = """\
 examples:
@@ -37,7 +38,7 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_args(words_of(sys.argv[1:] if argv is None else argv))
     if unknown:
         getattr(args, "parser", parser).refuse(unknown)
     if args.version:

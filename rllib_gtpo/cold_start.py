@@ -60,6 +60,11 @@ class ColdStart:
         for name in ("steps", "batch_size", "demonstrations", *optional):
             if not isinstance(getattr(start, name), int) or getattr(start, name) < 1:
                 raise ConfigError(f"cold_start.{name}={getattr(start, name)!r}: at least 1.")
+        for name in ("lr", "warmup", "final_lr_frac", "grad_clip"):
+            if type(getattr(start, name)) not in (int, float):
+                raise ConfigError(f"cold_start.{name}={getattr(start, name)!r}: must be a number.")
+        if not isinstance(start.data, str):
+            raise ConfigError(f"cold_start.data={start.data!r}: 'expert', or the path of a file.")
         if not start.grad_clip > 0.0:
             raise ConfigError(f"cold_start.grad_clip={start.grad_clip!r}: must be above 0.")
         if not start.lr > 0.0:

@@ -444,7 +444,8 @@ class GTPOConfig(AlgorithmConfig):
             if key.startswith("__") and key.endswith("__"):
                 continue  # Tune's own additions
             if key not in known:
-                raise ConfigError(f"unknown setting {key!r}{did_you_mean(key, known)}")
+                public = [name for name in known if not name.startswith("_")]
+                raise ConfigError(f"unknown setting {key!r}{did_you_mean(key, public)}")
             if key == "env_config" and isinstance(value, Mapping):
                 value = {**self.env_config, **value}
             translated[_ATTRIBUTE.get(key, key)] = value

@@ -47,6 +47,8 @@ class Interrupted(GTPOError):
 def did_you_mean(name: object, valid: Iterable[object]) -> str:
     """The end of a message about a wrong name: the nearest valid one, and all if they are few."""
     names = [str(v) for v in valid]
+    if not names:
+        return ""
     few = len(names) <= _SHORT_LIST
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0 if few else 0.6)
     guess = f"; did you mean {near[0]!r}?" if near else ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rllib_gtpo.errors import ChatTemplateError, ConfigError
+from rllib_gtpo.errors import ChatTemplateError, ConfigError, did_you_mean, refuse_unknown_keys
 
 TINY_QWEN2: dict[str, Any] = {
     "model_type": "qwen2",
@@ -148,6 +148,17 @@ def load_config(source: Any, tokenizer: Any = None) -> Any:
     return from_pretrained("AutoConfig", str(source))
 
 
+def check_source(source: Any, tokenizer: Any) -> None:
+    """Refuses a `model` that cannot be one, without loading anything."""
+    if isinstance(source, Mapping):
+        if tokenizer is None:
+            _scratch_config(dict(source), None)
+    elif not isinstance(source, (str, Path)):
+        raise ConfigError(
+            f"model={source!r}: a directory, a hub id, or a mapping that describes a model."
+        )
+
+
 def max_positions(config: Any) -> int:
     """Most tokens that a model's positions allow."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", 2**31))
@@ -162,13 +173,22 @@ def architecture_of(config: Any) -> str:
 
 
 def _scratch_config(settings: dict[str, Any], tokenizer: Any) -> Any:
-    from transformers import AutoConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     described = f"model={settings!r}"
     if "model_type" not in settings:
         raise ConfigError(
-            "A model from scratch needs a model_type, such as {'model_type': 'qwen2', ...}."
+            "model: one from scratch needs a model_type, such as {'model_type': 'qwen2', ...}."
         )
+    model_type = settings.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        near = did_you_mean(model_type, CONFIG_MAPPING)
+        raise ConfigError(
+            f"{described} does not describe a causal LM: transformers has no such model_type{near}"
+        )
+    default = AutoConfig.for_model(model_type)
+    refuse_unknown_keys("model", settings, {*vars(default), *default.attribute_map})
     tokens = _tokenizer(tokenizer if tokenizer is not None else settings)
     settings.setdefault("vocab_size", len(tokens))
     check_vocabulary(tokens, int(settings["vocab_size"]))
@@ -176,8 +196,8 @@ def _scratch_config(settings: dict[str, Any], tokenizer: Any) -> Any:
     settings.setdefault("eos_token_id", tokens.eos_token_id)
     settings.setdefault("bos_token_id", None)
     try:
-        return AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except (ValueError, KeyError, TypeError) as error:
+        return AutoConfig.for_model(model_type, **settings)
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"{described} does not describe a causal LM: {error}") from error
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rllib_gtpo.cli import build_parser, main
-from rllib_gtpo.command.settings import parse_assignment, parse_stop, parse_yaml
 from rllib_gtpo.command.stopping import StopCriteria, flatten, numbers
+from rllib_gtpo.command.yaml_text import parse_assignment, parse_yaml
 from rllib_gtpo.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,7 +145,7 @@ def test_assignments(text, key, value):
 
 def test_assignment_without_value():
     with pytest.raises(ConfigError, match="--stop takes KEY=VALUE, not 'abc'"):
-        parse_stop(["abc"])
+        parse_assignment("abc", "--stop")
 
 
 def test_yaml_numbers_lines_and_duplicates():

@@ -11,7 +11,8 @@ import pytest
 
 from rllib_gtpo.cli import main
 from rllib_gtpo.command.files import load_experiment
-from rllib_gtpo.command.sweep import check_variants, is_sweep
+from rllib_gtpo.command.resolve import check
+from rllib_gtpo.command.sweep import is_sweep
 from rllib_gtpo.command.tuning import Goal, goal_of
 from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.report.charts import heat_map, lines, strip
@@ -164,7 +165,7 @@ def test_the_examples_are_sweeps():
     for name, variants in expected.items():
         experiment = load_experiment(ROOT / "tuned_examples" / f"{name}.py")
         assert is_sweep(experiment)
-        assert check_variants(experiment) == {"CPU": 0.5}
+        assert check(experiment) == {"CPU": 0.5}
         assert goal_of(experiment.config, experiment.tune_config) == Goal("accuracy", "max")
         assert len(list(variants_of(experiment))) == variants
     assert experiment.num_samples == 6
@@ -186,7 +187,7 @@ def test_what_a_file_says_to_tune_is_checked(folder):
     with pytest.raises(ConfigError, match="has no effect on a single trial"):
         is_sweep(load(folder, "tune.grid_search([1e-3, 1e-4, 1e-5])", "1e-3"))
     with pytest.raises(ConfigError, match=r"trial gamma=2 lr=0\.001: "):
-        check_variants(bad_variant())
+        check(bad_variant())
 
 
 def bad_variant():

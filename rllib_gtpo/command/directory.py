@@ -18,6 +18,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class RunRecord:
     trial_id: str = ""  # by which trackers know a run that goes on
     metric: str | None = None  # of a sweep: by what its trials are compared,
     mode: str = "max"  # and whether more of it is better
+    source: list[str] = field(default_factory=list)  # --algo, --env of a run without a file
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,7 @@ class RunDirectory:
         root = path.parent if chosen else path
         if not (root / _RECORD).is_file():
             raise ConfigError(f"{root} is not a run: it has no {_RECORD}")
-        try:
-            record = RunRecord(**json.loads((root / _RECORD).read_text()))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{root / _RECORD} is damaged: {error}") from error
+        record = _read_record(root / _RECORD)
         run = cls(root, record, keep)
         if record.kind == "sweep":
             return run, None
@@ -182,6 +181,23 @@ class RunDirectory:
             f"could not save {final.name}: {error}. A checkpoint {about} {_human(needed)}, "
             f"{_human(free)} are free in {self.path.absolute()}"
         )
+
+
+def _read_record(path: Path) -> RunRecord:
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
+        unknown = [key for key in content if key not in RunRecord.__dataclass_fields__]
+        if not unknown:
+            return RunRecord(**content)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    there = dict(content.get("versions") or {}).get("rllib-gtpo", "of another version")
+    raise ConfigError(
+        f"{path} was written by rllib-gtpo {there}; {', '.join(unknown)} means nothing to this one "
+        f"({metadata.version('rllib-gtpo')}): continue the run with the version that started it."
+    )
 
 
 def _is_storage_failure(error: Exception, free: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import sys
 import traceback
@@ -11,10 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from rllib_gtpo.command.places import Places
 from rllib_gtpo.command.quiet import registering
-from rllib_gtpo.command.settings import apply_settings, parse_yaml
+from rllib_gtpo.command.search_spaces import BadSpace, is_space, make_spaces
+from rllib_gtpo.command.settings import apply_settings
 from rllib_gtpo.command.stopping import hint
 from rllib_gtpo.command.tuning import read_tuning
+from rllib_gtpo.command.yaml_text import parse_yaml
 from rllib_gtpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,20 +31,22 @@ _YAML_KEYS = ("run", "env", "config", "stop", "num_samples", "checkpoint_freq")
 
 @dataclass
 class Experiment:
-    """What a file asks for.
+    """What a file, or the names of an algorithm and an environment, ask for.
 
     tune_config: A ray.tune.TuneConfig, or None.
     callbacks: Of Tune; also of a single trial.
+    places: Of what was set, as in YAML.
     """
 
     name: str
-    file: Path
+    file: Path | None
     config: AlgorithmConfig
     stop: dict[str, Any] = field(default_factory=dict)
     num_samples: int = 1
     checkpoint_freq: int | None = None
     tune_config: Any = None
     callbacks: list[Any] = field(default_factory=list)
+    places: Places = field(default_factory=Places)
 
     @property
     def algorithm(self) -> str:
@@ -65,6 +71,17 @@ def load_experiment(path: Path) -> Experiment:
     raise ConfigError(f"{path}: an experiment is a .py or .yaml file")
 
 
+def named_experiment(algorithm: str, env: str | None) -> Experiment:
+    """The default config of an algorithm, on an environment."""
+    config = get_algorithm(algorithm, "--algo: ").get_default_config()
+    places = Places("", {("run",): f"--algo {algorithm}"})
+    if env is not None:
+        config.environment(env)
+        places["env",] = f"--env {env}"
+    name = "_".join(filter(None, (algorithm, (env or "").rsplit(":")[-1].rsplit("/")[-1])))
+    return Experiment(name, None, config, places=places)
+
+
 def get_algorithm(name: str, where: str = "") -> type[Algorithm]:
     """The algorithm class that Tune knows as `name`."""
     from ray.rllib.algorithms.registry import ALGORITHMS
@@ -85,20 +102,44 @@ def get_algorithm(name: str, where: str = "") -> type[Algorithm]:
 
 
 def check_env(config: AlgorithmConfig, where: str = "") -> None:
-    """Refuses an environment name that neither Ray nor gymnasium knows."""
+    """Refuses an environment name that neither Ray, gymnasium nor Python knows, and none at all."""
     env = config.env
-    if not isinstance(env, str) or "." in env or ":" in env:
-        return  # a class, or a path to one that the runners import
+    if env is None and not config.is_offline and config.observation_space is None:
+        raise ConfigError(
+            f"{where}no environment: add `env: NAME` in YAML, --env NAME, or .environment(...)"
+        )
+    if not isinstance(env, str):
+        return  # a class or a function
     import gymnasium
     from ray.tune.registry import ENV_CREATOR, _global_registry
 
-    if _global_registry.contains(ENV_CREATOR, env):
-        return
+    if _global_registry.contains(ENV_CREATOR, env) or ":" in env:
+        return  # "module:name" is imported and looked up where it is made
     try:
         gymnasium.spec(env)
     except gymnasium.error.Error:
-        advice = hint(env, gymnasium.registry)
-        raise ConfigError(f"{where}unknown environment {env!r}{advice}") from None
+        if "." not in env:
+            advice = hint(env, gymnasium.registry)
+            raise ConfigError(f"{where}unknown environment {env!r}{advice}") from None
+        _check_class(env, where)
+
+
+def _check_class(name: str, where: str) -> None:
+    """Refuses the name of a class that cannot be imported."""
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(
+            f"{where}environment {name!r}: importing {module_name} failed: {_short(error)}"
+        ) from error
+    if not hasattr(module, attribute):
+        advice = hint(attribute, [n for n in dir(module) if not n.startswith("_")])
+        raise ConfigError(f"{where}environment {name!r}: {module_name} has no {attribute}{advice}")
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _load_python(path: Path) -> Experiment:
@@ -112,6 +153,9 @@ def _load_python(path: Path) -> Experiment:
     stop = getattr(module, "stop", None) or {}
     if not isinstance(stop, dict):
         raise ConfigError(f"{path}: `stop` must be a dict, not {type(stop).__name__}")
+    places = Places(str(path))
+    given = {key: getattr(module, key, None) for key in ("num_samples", "checkpoint_freq")}
+    _number(given, "num_samples", -1, places)  # -1: Tune's word for without end
     tune_config, callbacks, num_samples = read_tuning(module, path)
     # A copy: overrides must not leak into a module that somebody imports again.
     config = config.copy(copy_frozen=False)
@@ -121,8 +165,10 @@ def _load_python(path: Path) -> Experiment:
         config=config,
         stop=dict(stop),
         num_samples=num_samples,
+        checkpoint_freq=_number(given, "checkpoint_freq", 0, places),
         tune_config=tune_config,
         callbacks=callbacks,
+        places=places,
     )
 
 
@@ -137,9 +183,7 @@ def _import(path: Path) -> ModuleType:
         raise ConfigError(f"{path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:  # as `python X.py` does; Ray hands sys.path on to local workers
-        sys.path.insert(0, folder)
+    _import_from_beside(path)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -149,53 +193,80 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
+def _import_from_beside(path: Path) -> None:
+    """As `python X.py` does; Ray hands sys.path on to local workers."""
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
 def _import_message(path: Path, error: BaseException) -> str:
     own = str(path.absolute())  # as importlib names it
     if isinstance(error, SyntaxError) and error.filename == own:
         return f"{path}:{error.lineno}: SyntaxError: {error.msg}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == own]
     place = f"{path}:{frames[-1].lineno}" if frames else str(path)
-    return f"{place}: {type(error).__name__}: {error}"
+    return f"{place}: {_short(error)}"
 
 
 def _load_yaml(path: Path) -> Experiment:
-    tree, lines = parse_yaml(path.read_text(), str(path))
+    tree, lines = parse_yaml(_text(path), str(path))
     if not isinstance(tree, dict) or len(tree) != 1:
         count = len(tree) if isinstance(tree, dict) else 0
         raise ConfigError(f"{path}: one experiment {{name: {{run: ...}}}} expected, found {count}")
     name, spec = next(iter(tree.items()))
     name = str(name)
-
-    def where(*keys: str) -> str:
-        line = lines.get((name, *keys))
-        return f"{path}:{line}: " if line else f"{path}: "
-
-    if not isinstance(spec, dict) or "run" not in spec:
-        raise ConfigError(f"{where()}{name!r} needs `run: ALGORITHM`")
+    places = Places(
+        str(path), {keys[1:]: f"{path}:{line}" for keys, line in lines.items() if keys[0] == name}
+    )
+    _import_from_beside(path)
+    if not isinstance(spec, dict) or not isinstance(spec.get("run"), str):
+        line = lines.get((name, "run"), lines[name,])
+        raise ConfigError(f"{path}:{line}: {name!r} needs `run: ALGORITHM`")
     for key in spec:
         if key not in _YAML_KEYS:
-            raise ConfigError(f"{where(str(key))}unknown key {key!r}{hint(str(key), _YAML_KEYS)}")
-    config = get_algorithm(str(spec["run"]), where("run")).get_default_config()
+            message = f"unknown key {key!r}{hint(str(key), _YAML_KEYS)}"
+            raise ConfigError(places.prefix((str(key),)) + message)
+    for key in ("config", "stop"):
+        if not isinstance(spec.get(key) or {}, dict):
+            raise ConfigError(f"{places.prefix((key,))}`{key}` must be a mapping")
+    config = get_algorithm(spec["run"], places.prefix(("run",))).get_default_config()
     if spec.get("env") is not None:
-        config.environment(spec["env"])
-    settings = spec.get("config") or {}
-    for key, kind in (("config", settings), ("stop", spec.get("stop") or {})):
-        if not isinstance(kind, dict):
-            raise ConfigError(f"{where(key)}`{key}` must be a mapping")
-    apply_settings(config, settings, lambda key: _setting_line(path, name, lines, key))
+        config.environment(_environment(spec["env"], places))
+    apply_settings(config, spec.get("config") or {}, places)
     return Experiment(
         name=name,
         file=path,
         config=config,
         stop=dict(spec.get("stop") or {}),
-        num_samples=int(spec.get("num_samples") or 1),
-        checkpoint_freq=spec.get("checkpoint_freq"),
+        num_samples=_number(spec, "num_samples", 1, places) or 1,
+        checkpoint_freq=_number(spec, "checkpoint_freq", 0, places),
+        places=places,
     )
 
 
-def _setting_line(path: Path, name: str, lines: dict[tuple[str, ...], int], key: str) -> str:
-    """The place of a setting, however deep it lies under `config`."""
-    for place, line in lines.items():
-        if place[:2] == (name, "config") and key and place[-1] == key and len(place) > 2:
-            return f"{path}:{line}: "
-    return f"{path}: "
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _environment(env: Any, places: Places) -> Any:
+    try:
+        env = make_spaces(env)
+    except BadSpace as error:
+        raise ConfigError(places.prefix(("env", *error.path)) + str(error)) from error
+    if not isinstance(env, str) and not is_space(env):
+        raise ConfigError(f"{places.prefix(('env',))}`env` must be a name, not {env!r}")
+    return env
+
+
+def _number(spec: dict[str, Any], key: str, least: int, places: Places) -> int | None:
+    value = spec.get(key)
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int) or value < least
+    ):
+        message = f"{key} must be a whole number of at least {least}, not {value!r}"
+        raise ConfigError(places.prefix((key,)) + message)
+    return value

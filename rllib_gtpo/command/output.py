@@ -38,16 +38,8 @@ def print_end(run: RunDirectory, checkpoint: Checkpoint, complete: bool = True) 
 
 def resume_command(run: RunDirectory) -> str:
     """The command that continues `run` from the present directory."""
-    return shlex.join(
-        [
-            "rllib",
-            "train",
-            "file",
-            _relative(Path(run.record.file)),
-            "--resume",
-            _relative(run.path),
-        ]
-    )
+    source = run.record.source or ["file", _relative(Path(run.record.file))]
+    return shlex.join(["rllib", "train", *source, "--resume", _relative(run.path)])
 
 
 def _relative(path: Path) -> str:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rllib_gtpo.command.files import check_env, load_experiment
+from rllib_gtpo.command.files import load_experiment
 from rllib_gtpo.command.quiet import silence
-from rllib_gtpo.command.ray_session import check_resources
+from rllib_gtpo.command.resolve import check
 from rllib_gtpo.command.settings import apply_overrides
 
 FITS, DOES_NOT_FIT = 0, 2
@@ -25,13 +25,12 @@ def plan_file(
     """Prints the plan of an experiment; returns the exit code."""
     silence()
     experiment = load_experiment(path)
-    apply_overrides(experiment.config, overrides)
-    check_env(experiment.config, f"{path}: ")
+    apply_overrides(experiment.config, overrides, experiment.places)
     # After what loads the libraries, whose memory each process will need.
     from rllib_gtpo.planning.plan import GIB, make_plan, refuse_others
 
     config = refuse_others(experiment.config)
-    check_resources(config)
+    check(experiment)
     memory = None if memory_gib is None else memory_gib * GIB
     plan = make_plan(config, memory=memory, tokens=tokens)
     print(json.dumps(plan.to_dict(), indent=1) if as_json else plan)

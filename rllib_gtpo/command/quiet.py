@@ -100,7 +100,8 @@ def silence() -> None:
 def registering() -> Iterator[None]:
     """Around Tune's look-up of a name, which imports DreamerV3, which plays CartPole on import."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r".*WARN: The obs returned by", module="gymnasium")
+        for start in ("The obs returned by", "Box (low|high)'s precision lowered"):
+            warnings.filterwarnings("ignore", rf".*WARN: {start}", module="gymnasium")
         yield
 
 

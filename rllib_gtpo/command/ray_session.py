@@ -17,6 +17,7 @@ class SessionOptions(Protocol):
     """The options that matter here."""
 
     num_cpus: int | None
+    num_gpus: int | None
     ray_address: str | None
     debug: bool
 
@@ -67,6 +68,7 @@ def _start(needs: Mapping[str, float], options: SessionOptions) -> None:
         runtime_env["worker_process_setup_hook"] = "rllib_gtpo.command.quiet.silence"
     ray.init(
         num_cpus=cpus,
+        num_gpus=options.num_gpus,
         include_dashboard=False,
         logging_level="INFO" if options.debug else "WARNING",
         runtime_env=runtime_env or None,
@@ -76,5 +78,5 @@ def _start(needs: Mapping[str, float], options: SessionOptions) -> None:
         if amount > have.get(resource, 0):
             raise ConfigError(
                 f"the config needs {amount:g} {resource}, Ray has {have.get(resource, 0):g}"
-                + (": raise --num-cpus" if resource == "CPU" else "")
+                + (f": raise --num-{resource.lower()}s" if resource in ("CPU", "GPU") else "")
             )

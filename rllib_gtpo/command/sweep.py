@@ -13,13 +13,12 @@ from rllib_gtpo.command.directory import RunDirectory, RunRecord
 from rllib_gtpo.command.files import Experiment
 from rllib_gtpo.command.interrupts import Stopper
 from rllib_gtpo.command.output import keep_colour_codes_away, resume_command
-from rllib_gtpo.command.ray_session import check_resources, ray_session
+from rllib_gtpo.command.ray_session import ray_session
 from rllib_gtpo.command.stopping import StopCriteria
 from rllib_gtpo.command.trial import FAILURE, OK, checkpoint_frequency
 from rllib_gtpo.command.tuning import (
     Goal,
     goal_of,
-    show_settings,
     varied_variants,
     with_goal,
 )
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from rllib_gtpo.command.run import RunOptions
 
 _TUNE_DIRECTORY = "tune"
-_CHECKED_VARIANTS = 256
 _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path means the same as in a single run
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # there is TrialLogs
@@ -65,8 +63,12 @@ def run_sweep(
     record: RunRecord,
     options: RunOptions,
     resumed: RunDirectory | None,
+    needs: dict[str, float],
 ) -> int:
-    """Runs all trials; 0 if none failed.  A resumed sweep runs only what is unfinished."""
+    """Runs all trials, each of which `needs` some of what Ray has; 0 if none failed.
+
+    A resumed sweep runs only what is unfinished.
+    """
     from rllib_gtpo.command.run import run_path
     from rllib_gtpo.report.sweep import summarise
 
@@ -79,7 +81,6 @@ def run_sweep(
             "a sweep goes on with the settings that it was started with: leave out --override, or "
             "start another"
         )
-    needs = check_variants(experiment)
     goal = goal_of(experiment.config, experiment.tune_config)
     record.kind, record.metric, record.mode = "sweep", goal.metric, goal.mode
     run = resumed or RunDirectory.create(run_path(experiment, options), record, options.keep)
@@ -98,23 +99,6 @@ def run_sweep(
     summary.show()
     print(resume_command(run), flush=True)
     return stopper.code or (OK if complete else FAILURE)
-
-
-def check_variants(experiment: Experiment) -> dict[str, float]:
-    """The resources of a trial; the most of each kind, if they differ.
-
-    Raises:
-        ConfigError: A combination contradicts itself, and which.
-    """
-    needs: dict[str, float] = {}
-    for varied, settings in varied_variants(experiment.config, _CHECKED_VARIANTS):
-        variant = experiment.config.copy(copy_frozen=False).update_from_dict(settings)
-        try:
-            for name, amount in check_resources(variant).items():
-                needs[name] = max(amount, needs.get(name, 0.0))
-        except ConfigError as error:
-            raise ConfigError(f"trial {show_settings(varied)}: {error}") from error
-    return needs
 
 
 def _sharing(needs: Mapping[str, float], limit: int | None) -> str:

@@ -37,12 +37,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(
-    commands: Commands, name: str, *, help: str, description: str = "", examples: str = ""
+    commands: Commands,
+    name: str,
+    *,
+    help: str,
+    description: str = "",
+    examples: str = "",
+    usage: str | None = None,
 ) -> Parser:
     """A parser whose help ends with examples and exit codes as they are written."""
     parser: Parser = commands.add_parser(
         name,
         help=help,
+        usage=usage,
         description=description or help,
         epilog="\n".join([*([examples] if examples else []), EXIT_CODES]),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.subcommands.options import Commands, add_command, add_override, count, spin_briefly
 
+_NAMED = "--algo NAME"  # of the parser that has no word of its own
 EXAMPLES = """\
 examples:
   rllib train file tuned_examples/ppo_cartpole.yaml
   rllib train file task.py --stop training_iteration=50 --override lr=1e-4
   rllib train file task.py --override env_config.max_ops=4 --out runs/four
+  rllib train file task.py --override lr='{grid_search: [1e-4, 1e-3]}'
   rllib train file task.py --resume runs/four
+  rllib train file task.yaml --dry-run
+  rllib train --algo PPO --env CartPole-v1 --config lr=1e-3 --stop training_iteration=20
 
 The first Ctrl-C finishes the step and saves; the second quits at once.
 """
@@ -20,8 +27,33 @@ The first Ctrl-C finishes the step and saves; the second quits at once.
 
 def add_to(commands: Commands) -> None:
     """Adds `rllib train`."""
-    train = add_command(commands, "train", help="train an algorithm")
-    sources = train.add_subparsers(dest="source", metavar="file", required=True)
+    train = add_command(
+        commands,
+        "train",
+        help="train an algorithm",
+        usage="rllib train file FILE [OPTION ...]\n"
+        "       rllib train --algo NAME [--env NAME] [--config KEY=VALUE ...] [OPTION ...]",
+        description="Train what a file describes, or an algorithm of RLlib or of this package\n"
+        "with its default settings on an environment.  `rllib train file --help` lists the\n"
+        "options of both.",
+        examples=EXAMPLES,
+    )
+    sources = train.add_subparsers(
+        dest="source", metavar="file|--algo", required=True, prog="rllib train"
+    )
+    _add_file(sources)
+    _add_named(sources)
+
+
+def words_of(argv: Sequence[str]) -> list[str]:
+    """The command line, with the word that argparse needs in `rllib train --algo ...`."""
+    words = list(argv)
+    if words[:1] == ["train"] and any(word.split("=")[0] == "--algo" for word in words):
+        words.insert(1, _NAMED)
+    return words
+
+
+def _add_file(sources: Commands) -> None:
     parser = add_command(
         sources,
         "file",
@@ -35,6 +67,27 @@ def add_to(commands: Commands) -> None:
     parser.set_defaults(run=_train_file)
 
 
+def _add_named(sources: Commands) -> None:
+    parser = add_command(
+        sources, _NAMED, help="train an algorithm with its default settings", examples=EXAMPLES
+    )
+    parser.prog = "rllib train"
+    parser.add_argument("--algo", required=True, metavar="NAME", help="GTPO, PPO, DQN, ...")
+    parser.add_argument(
+        "--env", metavar="NAME", help="a name that Ray or gymnasium knows, or package.module.Class"
+    )
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings, as --override takes them",
+    )
+    add_run_options(parser)
+    parser.set_defaults(run=_train_named)
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of whatever trains."""
     add = parser.add_argument
@@ -46,6 +99,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="stop when a metric is at least VALUE; a/b and a.b name nested ones (repeatable)",
     )
     add_override(parser)
+    add(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the configuration and where each value came from, and exit",
+    )
+    add("--all", action="store_true", help="with --dry-run: also what nobody changed")
     add(
         "--resume",
         type=Path,
@@ -61,23 +120,46 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--keep", type=count, default=2, metavar="N", help="checkpoints to keep (default: 2)")
     add("--out", type=Path, metavar="DIR", help="run directory (default: runs/NAME_DATE-TIME)")
     add("--num-cpus", type=count, metavar="N", help="CPUs that Ray may count on (default: all)")
+    add("--num-gpus", type=count, metavar="N", help="GPUs that Ray may count on (default: all)")
     add("--ray-address", metavar="ADDRESS", help="connect to a running Ray cluster")
     add("--debug", action="store_true", help="show all messages, and tracebacks of bad input")
 
 
-def _train_file(args: argparse.Namespace) -> int:
+def train(source: Any, args: argparse.Namespace, config: Sequence[str] = ()) -> int:
+    """Trains a file or what names say, with the options of `add_run_options`."""
     spin_briefly()
-    from rllib_gtpo.command.run import RunOptions, train_file
+    from rllib_gtpo.command import run
 
-    options = RunOptions(
+    if args.all and not args.dry_run:
+        raise ConfigError("--all says how much --dry-run shows: add --dry-run, or leave it out")
+    if args.ray_address and (args.num_cpus is not None or args.num_gpus is not None):
+        raise ConfigError(
+            "--num-cpus and --num-gpus are of a Ray that is started here: leave out "
+            "them or --ray-address"
+        )
+    options = run.RunOptions(
         stop=args.stop,
+        config=list(config),
         override=args.override,
         resume=args.resume,
         checkpoint_freq=args.checkpoint_freq,
         keep=args.keep,
         out=args.out,
         num_cpus=args.num_cpus,
+        num_gpus=args.num_gpus,
         ray_address=args.ray_address,
         debug=args.debug,
+        dry_run=args.dry_run,
+        show_all=args.all,
     )
-    return train_file(args.file, options)
+    return run.train(source, options)
+
+
+def _train_file(args: argparse.Namespace) -> int:
+    return train(args.file, args)
+
+
+def _train_named(args: argparse.Namespace) -> int:
+    from rllib_gtpo.command.resolve import Named
+
+    return train(Named(args.algo, args.env), args, args.config)

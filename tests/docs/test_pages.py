@@ -78,7 +78,8 @@ def test_every_other_block_of_a_page_is_checked(page):
 
 def check_yaml(block):
     """An experiment is loaded as the command does; anything else must be settings."""
-    from rllib_gtpo.command.settings import apply_settings, parse_yaml
+    from rllib_gtpo.command.settings import apply_settings
+    from rllib_gtpo.command.yaml_text import parse_yaml
 
     tree, _ = parse_yaml(block.text, str(block))
     for experiment in tree.values():
