@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rllib_gtpo.subcommands import IN_ORDER_OF_HELP
 from rllib_gtpo.subcommands.options import EXIT_CODES, Parser
@@ -20,16 +21,24 @@ examples:
 """
 
 
+class _Rllib(Parser):
+    """Also `rllib train --algo NAME`, where a word is missing for argparse."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = words_of(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(words, namespace)
+
+
 def build_parser() -> Parser:
     """The whole command line."""
-    parser = Parser(
+    parser = _Rllib(
         prog="rllib",
         description="Train any RLlib algorithm, and LLM tool agents with GTPO.",
         epilog=f"{EXAMPLES}\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="print the versions and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for subcommand in IN_ORDER_OF_HELP:
         subcommand.add_to(commands)
     return parser
@@ -38,7 +47,7 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = build_parser()
-    args, unknown = parser.parse_known_args(words_of(sys.argv[1:] if argv is None else argv))
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
         getattr(args, "parser", parser).refuse(unknown)
     if args.version:

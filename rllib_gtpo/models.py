@@ -188,7 +188,8 @@ def _scratch_config(settings: dict[str, Any], tokenizer: Any) -> Any:
             f"{described} does not describe a causal LM: transformers has no such model_type{near}"
         )
     default = AutoConfig.for_model(model_type)
-    refuse_unknown_keys("model", settings, {*vars(default), *default.attribute_map})
+    known = {*vars(default), *default.attribute_map, *(k for k in settings if hasattr(default, k))}
+    refuse_unknown_keys("model", settings, known)
     tokens = _tokenizer(tokenizer if tokenizer is not None else settings)
     settings.setdefault("vocab_size", len(tokens))
     check_vocabulary(tokens, int(settings["vocab_size"]))
