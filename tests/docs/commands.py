@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rllib_gtpo.cli import build_parser
 from rllib_gtpo.command.files import load_experiment
-from rllib_gtpo.command.settings import apply_overrides, parse_stop
+from rllib_gtpo.command.settings import apply_overrides
+from rllib_gtpo.command.yaml_text import parse_assignment
 
 ROOT = Path(__file__).parents[2]
 NOT_OURS = {
@@ -63,7 +64,8 @@ def _check_rllib(words: list[str], where: str) -> None:
     if file.suffix in (".py", ".yaml") and file.is_file():
         experiment = load_experiment(file)
         apply_overrides(experiment.config, getattr(args, "override", []))
-        parse_stop(getattr(args, "stop", []))
+        for stop in getattr(args, "stop", []):
+            parse_assignment(stop, "--stop")
 
 
 def _check_make(words: list[str], where: str) -> None:
