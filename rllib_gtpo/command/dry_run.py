@@ -139,8 +139,8 @@ def _name(config: AlgorithmConfig, attribute: str) -> str | None:
     if callable(setting_names):
         if attribute_of(config, attribute) != attribute:
             return None
-        for name in setting_names():
-            if attribute_of(config, name) == attribute and name in vars(config):
+        for name in setting_names() & vars(config).keys() - {attribute}:
+            if attribute_of(config, name) == attribute:
                 return str(name)
     return shown_name(attribute)
 
