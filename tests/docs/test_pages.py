@@ -39,10 +39,16 @@ def kept(registry):
 
 
 @pytest.fixture(scope="module")
-def names_of(tmp_path_factory):
-    """Runs the Python of a page once, in a directory with a run; `config` is a `GTPOConfig()`."""
-    directory = tmp_path_factory.mktemp("pages")
-    write_record(directory / "runs" / "calculator", iterations=2)
+def directory(tmp_path_factory):
+    """Where pages are run: there is a run."""
+    where = tmp_path_factory.mktemp("pages")
+    write_record(where / "runs" / "calculator", iterations=2)
+    return where
+
+
+@pytest.fixture(scope="module")
+def names_of(directory):
+    """Runs the Python of a page once; `config` is a `GTPOConfig()`."""
     found = {}
 
     def run(page):
@@ -64,7 +70,8 @@ def test_the_python_of_a_page_runs(page, names_of):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_every_other_block_of_a_page_is_checked(page):
+def test_every_other_block_of_a_page_is_checked(page, directory, monkeypatch):
+    monkeypatch.chdir(directory)
     for block in blocks(page):
         assert block.language in LANGUAGES, f"{block}: a fence is one of {sorted(LANGUAGES)}"
         if block.language == "bash":
