@@ -51,3 +51,12 @@ def test_a_stop_reason_is_one():
     text = "".join(page.read_text() for page in PAGES)
     for name in re.findall(r"`stop/([a-z_]+)`", text):
         assert name in set(StopReason), name
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/limits.md", "docs/estimators.md"])
+def test_what_the_study_is_quoted_with_is_in_the_study(name):
+    study = (ROOT / "docs" / "learning_study.md").read_text().replace("+", "")
+    figures = re.findall(r"[\d.]+% \[-?[\d.]+, -?[\d.]+\]", (ROOT / name).read_text())
+    assert figures
+    for figure in figures:
+        assert figure in study, f"{name}: {figure}"
