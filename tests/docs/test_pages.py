@@ -14,9 +14,11 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
 from rllib_gtpo import GTPOConfig
 from rllib_gtpo.chat.formats.base import _FORMATS
+from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.ops.advantages import ESTIMATORS
 from rllib_gtpo.tools import MCPServer, Tool
 from rllib_gtpo.types import ToolError
+from rllib_gtpo_envs import Calculator
 from tests.docs.commands import check_command
 from tests.docs.pages import PAGES, ROOT, blocks, run_python
 from tests.record.samples import write_record
@@ -136,6 +138,20 @@ def test_the_table_of_settings_has_all_of_them_with_their_defaults():
             shown.add(name)
     own = {name for name in set(vars(config)) - set(vars(AlgorithmConfig())) if name[0] != "_"}
     assert own - shown == {"language_model_source"}  # which is `model`
+
+
+def test_settings_that_pages_show_are_accepted():
+    """Blocks that only set something, each on a config of its own."""
+    shown = [b for p in WITH_PYTHON for b in blocks(p) if b.text.startswith("config.")]
+    assert len(shown) > 8
+    for block in shown:
+        if block.not_run is None:
+            config = GTPOConfig().environment(Calculator)
+            exec(block.compiled(), {"config": config})
+            try:
+                config.validate()
+            except ConfigError as refused:
+                assert "needs vLLM, which is not installed" in str(refused), block
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
