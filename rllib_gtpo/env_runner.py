@@ -135,7 +135,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
             on_progress=on_progress or (lambda tally: None),
         ).run()
         out.episodes = [e for job in jobs for e in finished.get(job.position, ())]
-        out.weights_version = self._weights_seq_no
+        out.weights_version = self.weights_version
         self._log(numbers)
         return out
 
@@ -144,10 +144,22 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         jobs: Sequence[GroupJob],
         wanted: int | None = None,
         on_progress: Callable[[Tally], None] | None = None,
+        weights_version: int = 0,
     ) -> Rollouts:
         """`sample_groups` for remote calls: an exception that escaped would end this actor
-        instead."""
+        instead.
+
+        weights_version: Those that were sent here before.  They arrive first as long as calls come
+            in the order in which they were made, and nobody waits for them; should they not, their
+            rollouts would be taken for the newest policy's.
+        """
         try:
+            if self.weights_version < weights_version:
+                raise GTPOError(
+                    f"Env runner {self.worker_index} has weights {self.weights_version}, though "
+                    f"{weights_version} were sent to it: its log says what became of them (ray "
+                    "logs).  Go on from the last checkpoint."
+                )
             return self.sample_groups(jobs, wanted=wanted, on_progress=on_progress)
         except GTPOError as error:
             return Rollouts(failure=error)
@@ -286,6 +298,11 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
             INPUT_ENV_SINGLE_SPACES: spaces,
             DEFAULT_MODULE_ID: spaces,
         }
+
+    @property
+    def weights_version(self) -> int:
+        """Of the weights that it samples with: how many updates there were before."""
+        return self._weights_seq_no
 
     def get_metrics(self) -> Any:
         """RLlib's standard sampling metrics since the last call."""

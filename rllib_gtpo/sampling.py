@@ -159,12 +159,14 @@ def _round(
     count = len(ids)
     shares = [jobs[index::count] for index in range(count)]
     parts = [needed // count + (index < needed % count) for index in range(count)]
+    local = runners.local_env_runner  # it has got the same weights
+    version = 0 if local is None else local.weights_version
 
     def call(
         share: list[GroupJob], part: int, report: Callable[[Tally], None] | None
     ) -> Callable[[Any], Any]:
         return lambda runner: (
-            runner.try_sample_groups(share, part, report),
+            runner.try_sample_groups(share, part, report, version),
             runner.get_metrics(),
         )
 

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from rllib_gtpo.engines.base import SamplingParams
 from rllib_gtpo.engines.kv_cache import BatchCache, Saved, WaitingCaches
 from rllib_gtpo.engines.model_runner import ModelRunner
+from rllib_gtpo.engines.rows import Part
 from rllib_gtpo.engines.sampling import compute_uniforms, sample_tokens
 from rllib_gtpo.types import Completion
 
-_GROUP_WASTE = 64  # tokens of padding per row that are cheaper than another forward
+_GROUP_WASTE = 64  # tokens of padding per row that are cheaper than a part of its own
 
 
 @dataclass(slots=True)
@@ -147,16 +148,9 @@ class Batch:
                 live=len(running),
                 limit=max(call.limit for call in self._active),
             )
-            logits = []
-            if running:
-                last = [call.ids[-1] for call in running]
-                positions = [len(call.ids) - 1 for call in running]
-                logits.append(self._runner.decode(last, positions))
-                self.stats.forwards += 1
-            if fresh:
-                logits += self._prefill(len(running), fresh)
+            logits = self._compute(running, fresh)
             tokens, logprobs = sample_tokens(
-                torch.cat(logits),
+                logits,
                 [call.sampling.temperature for call in self._active],
                 [call.sampling.top_p for call in self._active],
                 compute_uniforms(
@@ -186,12 +180,16 @@ class Batch:
         self.stats.evictions += self._saved.shrink(self.cache_tokens - rows * columns)
         return fresh
 
-    def _prefill(self, first: int, fresh: list[_Fresh]) -> list[torch.Tensor]:
-        """Computes the new tokens of `fresh`; logits in the order of rows.
+    def _compute(self, running: list[Call], fresh: list[_Fresh]) -> torch.Tensor:
+        """Logits in the order of rows, which this settles for those of `fresh`.
 
-        Rows with equal contexts and no cache, such as the first turns of a group, are computed once
-        and copied.  Others run in order of length, a forward for each group of similar lengths.
+        Of these, rows with equal contexts and no cache, such as the first turns of a group, are
+        computed once and copied.  Others stand in order of length.
         """
+        first, parts = len(running), []
+        if running:
+            positions = [len(call.ids) - 1 for call in running]
+            parts.append(Part.one_each([call.ids[-1] for call in running], positions))
         leaders: dict[bytes, _Fresh] = {}
         copies: list[tuple[_Fresh, _Fresh]] = []
         alone: list[_Fresh] = []
@@ -205,30 +203,28 @@ class Batch:
         for row, f in enumerate(alone, first):
             if f.saved is not None and f.start:
                 self._cache.load(row, f.saved.layers, f.start)
-        logits, begin = [], 0
+        begin = 0
         while begin < len(alone):
-            end = self._group_end(alone, begin)
-            group = alone[begin:end]
-            logits.append(
-                self._runner.prefill(
-                    first + begin, [f.new for f in group], [f.start for f in group]
-                )
-            )
-            self.stats.forwards += 1
+            end = self._part_end(alone, begin)
+            part = alone[begin:end]
+            parts.append(Part.of(first + begin, [f.new for f in part], [f.start for f in part]))
             begin = end
+        forwards = self._runner.forwards
+        logits = self._runner.compute(parts)
+        self.stats.forwards += self._runner.forwards - forwards
         self.stats.prefill_computed += sum(len(f.new) for f in alone)
         self.stats.prefill_reused += sum(f.start for f in alone)
         if copies:
-            row_of = {id(f): i for i, f in enumerate(alone)}
+            row_of = {id(f): row for row, f in enumerate(alone, first)}
             sources = [row_of[id(leader)] for _, leader in copies]
             for i, (f, _) in enumerate(copies):
-                self._cache.copy(first + sources[i], first + len(alone) + i, len(f.ids))
+                self._cache.copy(sources[i], first + len(alone) + i, len(f.ids))
                 self.stats.prefill_reused += len(f.ids)
-            logits.append(torch.cat(logits)[sources])
+            logits = torch.cat((logits, logits[sources]))
         return logits
 
-    def _group_end(self, fresh: list[_Fresh], begin: int) -> int:
-        """Where the prefill forward that starts at `begin` of the sorted rows ends."""
+    def _part_end(self, fresh: list[_Fresh], begin: int) -> int:
+        """Where the part that starts at `begin` of the sorted rows ends."""
         shortest = len(fresh[begin].new)
         for end in range(begin + 1, len(fresh)):
             longest = len(fresh[end].new)

@@ -72,26 +72,20 @@ class BatchCache(Cache):
 
     def select(
         self,
-        first: int,
-        position_BQ: torch.Tensor,
-        columns: int,
-        real: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rows_N: torch.Tensor,
+        columns_N: torch.Tensor,
+        real_N: torch.Tensor | None = None,
+        view: tuple[slice, slice, slice] = (slice(None),) * 3,
     ) -> None:
         """Says where the next forward writes and what it reads.
 
         Args:
-            first: the first row of the forward; its rows are contiguous.
-            position_BQ: the column of each new token.
-            columns: how many columns the attention reads.
-            real: row and query indices of the tokens to write, if some are padding.
+            rows_N, columns_N: of each new token.
+            real_N: which of the tokens that come are to be written, if some are padding.
+            view: rows, heads and columns that the attention gets.
         """
-        self._view = (slice(first, first + position_BQ.shape[0]), slice(None), slice(columns))
-        self._real = real
-        if real is None:
-            rows = torch.arange(position_BQ.shape[0], device=position_BQ.device)[:, None]
-            self._target = (rows + first, position_BQ)
-        else:
-            self._target = (real[0] + first, position_BQ[real])
+        self._target = (rows_N, columns_N)
+        self._real, self._view = real_N, view
 
     def update(
         self,
@@ -106,7 +100,7 @@ class BatchCache(Cache):
             self._stores.append((self._allocate(key_states), self._allocate(value_states)))
         keys, values = self._stores[layer_idx]
         for store, new in ((keys, key_states), (values, value_states)):
-            new = new.transpose(1, 2)
+            new = new.transpose(1, 2).flatten(0, 1)
             store.transpose(1, 2)[self._target] = new if self._real is None else new[self._real]
         return keys[self._view], values[self._view]
 

@@ -1,65 +1,31 @@
 """Forwards of a transformers causal LM over the rows of a `BatchCache`.
 
-Two shapes of forward: *decode*, one token for each of the first n rows, and *prefill*, the new
-tokens of some contiguous rows.  Rows of a prefill are padded on the left, so that the last column
-is the last real token of every row and the public `logits_to_keep=1` computes exactly the logits
-that are needed, whatever a model does to them after its head.
+A step's tokens, of trajectories that go on and of those that come back with a longer context, go
+through the model in one forward, packed in one row without padding; only the attention tells
+trajectories apart.  Whether a model can do that is tried once.  With one that cannot, each part of
+them is a forward of its own, its rows padded on the left, and the public `logits_to_keep=1`
+computes exactly the logits that are needed, whatever a model does to them after its head.
 
-Shape suffixes: _B row, _Q new token of a row.
+Shape suffixes: see `rows`; _V vocabulary.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from rllib_gtpo.engines.kv_cache import BatchCache
+from rllib_gtpo.engines.rows import GROUPED_ATTENTION, Part, Reach
 from rllib_gtpo.errors import ConfigError
 
-GROUPED_ATTENTION = "rllib_gtpo_grouped"
 ONE_THREAD = 64_000_000  # parameters x tokens of a step that more threads hardly quicken
-
-
-def grouped_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scaled dot-product attention that never copies the cache to repeat key-value heads.
-
-    The stock function repeats all keys and values of all rows for each new token.  With one query
-    per row, the heads that share a key-value head can stand in the query dimension instead.
-    """
-    batch, heads, length, width = query.shape
-    if heads == key.shape[1] or attention_mask is None or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    scale = kwargs.get("scaling")
-    if length == 1:
-        grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
-        out = F.scaled_dot_product_attention(
-            grouped, key, value, attn_mask=attention_mask, scale=scale
-        )
-        return out.reshape(batch, 1, heads, value.shape[-1]), None
-    if query.device.type != "cpu":  # there, grouped heads with a mask mean the slowest kernel
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scale, enable_gqa=True
-    )
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
 
 
 def check_model(model: PreTrainedModel, max_context: int) -> None:
@@ -89,27 +55,29 @@ def check_model(model: PreTrainedModel, max_context: int) -> None:
 class ModelRunner:
     """Runs a model's forwards over the rows of a cache.
 
-    A model whose attention is "eager" keeps it.  Any other is switched to `grouped_attention` for
-    the time of a forward.
+    A model whose attention is "eager" keeps it.  Any other is switched to `rows_attention` for the
+    time of a forward.
 
     Args:
         model: the causal LM; it may be trained elsewhere between forwards.
         cache: its rows.
-        prefill_tokens: most tokens, padding included, of one prefill forward.
+        prefill_tokens: most tokens, padding included, of one forward that is no mere decoding.
     """
 
     def __init__(self, model: PreTrainedModel, cache: BatchCache, prefill_tokens: int) -> None:
         self.model = model
         self.cache = cache
         self.prefill_tokens = prefill_tokens
+        self.forwards = 0
         self._config = model.config.get_text_config(decoder=True)
         parameters = inspect.signature(model.forward).parameters.values()
-        self._extra = {}
-        if any(p.name == "logits_to_keep" or p.kind is p.VAR_KEYWORD for p in parameters):
-            self._extra["logits_to_keep"] = 1
+        self._cuts_logits = any(
+            p.name == "logits_to_keep" or p.kind is p.VAR_KEYWORD for p in parameters
+        )
         self._modules = list(model.modules())  # to walk them takes longer than a small layer
         self._swap = getattr(model, "_supports_attention_backend", False)
         self._parameters = sum(p.numel() for p in model.parameters())
+        self.packs = self._can_pack()
 
     @contextmanager
     def inference(self, tokens: int) -> Iterator[None]:
@@ -140,54 +108,100 @@ class ModelRunner:
             for module in training:
                 module.training = True
 
-    def decode(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
-        """Logits after one more token for each of the first rows."""
-        ids_BQ = np.array(tokens, dtype=np.int64)[:, None]
-        position_BQ = np.array(positions, dtype=np.int64)[:, None]
-        return self._forward(0, ids_BQ, position_BQ, None)
+    def compute(self, parts: Sequence[Part]) -> Tensor:
+        """Logits [B, V] after the new tokens of each row, in the order of the parts."""
+        logits = []
+        together: list[Part] = []
+        for part in parts:
+            *before, last = part.cut(self.prefill_tokens)
+            for piece in before:
+                self._forward([piece])
+            if together and sum(map(len, together)) + len(last) > self._most_tokens:
+                logits.append(self._forward(together))
+                together = []
+            together.append(last)
+        logits.append(self._forward(together))
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
-    def prefill(self, first: int, ids: list[np.ndarray], starts: list[int]) -> torch.Tensor:
-        """Logits after the new tokens of the rows from `first` on.
+    @property
+    def _most_tokens(self) -> int:
+        """Of parts that share a forward."""
+        return self.prefill_tokens if self.packs else 0
 
-        Args:
-            first: the first row.
-            ids: the new tokens of each row, at least one.
-            starts: how many tokens of each row the cache already holds.
-        """
-        lengths_B = np.array([len(new) for new in ids])
-        width = int(lengths_B.max())
-        column_BQ = np.arange(width)[None] - (width - lengths_B)[:, None]
-        real_BQ = column_BQ >= 0
-        ids_BQ = np.zeros(real_BQ.shape, dtype=np.int64)
-        ids_BQ[real_BQ] = np.concatenate(ids)
-        position_BQ = np.where(real_BQ, column_BQ + np.array(starts)[:, None], 0)
-        chunk = max(self.prefill_tokens // len(ids), 1)
-        for end in range(width - (width - 1) // chunk * chunk, width + 1, chunk):
-            part = slice(max(end - chunk, 0), end)
-            logits = self._forward(first, ids_BQ[:, part], position_BQ[:, part], real_BQ[:, part])
-        return logits
-
-    def _forward(
-        self, first: int, ids_BQ: np.ndarray, position_BQ: np.ndarray, real_BQ: np.ndarray | None
-    ) -> torch.Tensor:
-        device = self.model.device
-        columns = min(-(-int(position_BQ.max() + 1) // 8) * 8, self.cache.columns)
-        position = torch.from_numpy(np.ascontiguousarray(position_BQ)).to(device)
-        real = None
-        if real_BQ is not None and not real_BQ.all():
-            rows, queries = (torch.from_numpy(i).to(device) for i in real_BQ.nonzero())
-            real = (rows, queries)
-        self.cache.select(first, position, columns, real)
-        dtype = self.model.dtype
-        hidden = torch.arange(columns, device=device) > position[:, None, :, None]
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
-        mask.masked_fill_(hidden, torch.finfo(dtype).min)
+    def _forward(self, parts: list[Part]) -> Tensor:
+        """Logits after the last token of each row; several parts only if packed."""
+        self.forwards += 1
+        rows_N = np.concatenate([part.rows_N for part in parts])
+        column_N = np.concatenate([part.without_padding(part.position_BQ) for part in parts])
+        reaches = [self._reach(part) for part in parts]
+        if not self.packs:
+            return self._padded_forward(parts[0], reaches[0], rows_N, column_N)
+        ids_N = np.concatenate([part.without_padding(part.ids_BQ) for part in parts])
+        position_N = self._tensor(column_N)
+        self.cache.select(self._tensor(rows_N), position_N)
+        ends_B = np.flatnonzero(np.diff(rows_N, append=-1))  # where a row's tokens end
         output = self.model(
-            input_ids=torch.from_numpy(np.ascontiguousarray(ids_BQ)).to(device),
-            attention_mask=mask,
-            position_ids=position,
+            input_ids=self._tensor(ids_N)[None],
+            position_ids=position_N[None],
+            attention_mask=reaches[0].mask_B1QC,  # any will do, for each part brings its own
             past_key_values=self.cache,
             use_cache=True,
-            **self._extra,
+            logits_to_keep=self._tensor(ends_B),
+            reaches=reaches,
+        )
+        return output.logits[0]
+
+    def _padded_forward(
+        self, part: Part, reach: Reach, rows_N: np.ndarray, column_N: np.ndarray
+    ) -> Tensor:
+        self.cache.select(self._tensor(rows_N), self._tensor(column_N), reach.real_N, reach.view)
+        output = self.model(
+            input_ids=self._tensor(part.ids_BQ),
+            position_ids=self._tensor(part.position_BQ),
+            attention_mask=reach.mask_B1QC,
+            past_key_values=self.cache,
+            use_cache=True,
+            **({"logits_to_keep": 1} if self._cuts_logits else {}),
         )
         return output.logits[:, -1]
+
+    def _reach(self, part: Part) -> Reach:
+        columns = min(-(-int(part.position_BQ.max() + 1) // 8) * 8, self.cache.columns)
+        return Reach(part, columns, self.model.dtype, self.model.device)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device)
+
+    def _can_pack(self) -> bool:
+        """Whether a packed row computes what padded ones do.
+
+        That is tried, since nothing but its own code says whether a model hands on to its attention
+        what it was called with.  A difference counts as none if it is small beside what a token
+        makes of its context.
+        """
+        self.packs = False
+        if not self._swap or not self._cuts_logits or self._config._attn_implementation == "eager":
+            return False
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        first, *others, alone = (np.arange(n) % vocabulary for n in (4, 2, 3, 1))
+        own, forwards = self.cache, self.forwards
+
+        def logits(packs: bool) -> Tensor:
+            self.packs = packs
+            self.cache = BatchCache(4, 8, 32)
+            self.cache.reserve(4, 8, 0, 8)
+            self.compute([Part.of(0, [first], [0])])
+            parts = [Part.one_each(alone.tolist(), [len(first)])]
+            parts += [Part.of(1, others, [0, 0]), Part.of(3, [alone], [0])]
+            return self.compute(parts).float()
+
+        try:
+            with self.inference(16):
+                padded, packed = logits(False), logits(True)
+            leak = (padded[0] - padded[-1]).abs().max()
+            return bool((packed - padded).abs().max() < leak / 4)
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            return False
+        finally:
+            self.packs = False
+            self.cache, self.forwards = own, forwards

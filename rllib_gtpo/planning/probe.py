@@ -18,6 +18,7 @@ import torch
 
 from rllib_gtpo.engines.kv_cache import BatchCache
 from rllib_gtpo.engines.model_runner import ModelRunner
+from rllib_gtpo.engines.rows import Part
 from rllib_gtpo.engines.vllm.settings import kv_bytes_per_token
 from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.language_model import hidden_states
@@ -212,11 +213,11 @@ def _decode_seconds(module: Any, rows: int) -> float:
     length = context
     with runner.inference(rows):
         cache.reserve(rows, context + _REPEATS + 1, 0, module.max_context)
-        runner.prefill(0, [np.zeros(context, dtype=np.int64)] * rows, [0] * rows)
+        runner.compute([Part.of(0, [np.zeros(context, dtype=np.int64)] * rows, [0] * rows)])
 
         def step() -> None:
             nonlocal length
-            runner.decode([0] * rows, [length] * rows)
+            runner.compute([Part.one_each([0] * rows, [length] * rows)])
             length += 1
 
         return _fastest(step)

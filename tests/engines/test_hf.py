@@ -147,6 +147,36 @@ def test_logprobs_equal_a_full_forward(kind: str, attention: str) -> None:
     assert engine.stats.mean_batch > 3, "the conversations did not share forwards"
 
 
+def test_a_step_is_one_forward(model: PreTrainedModel, engine: HFEngine) -> None:
+    """Those that go on and those that come back, with few tokens or many, in whatever order."""
+    contexts = [(f"p{n}", words(n, n)) for n in (1, 150, 7, 80)]
+    calls = [engine.generate(request(name, ids, 30)) for name, ids in contexts]
+    turns, completions = [], run(*(converse(engine, seed) for seed in range(12)), *calls)
+    turns += [turn for made in completions[:12] for turn in made]
+    turns += [(ids, made) for (_, ids), made in zip(contexts, completions[12:], strict=True)]
+    assert_exact(model, turns)
+    assert engine.stats.forwards == engine.stats.steps < sum(len(c.token_ids) for _, c in turns) / 4
+    prefilled = sum(len(ids) for _, ids in contexts)
+    assert engine.stats.prefill_computed > prefilled
+
+
+class Deaf(Qwen2ForCausalLM):
+    """Hands nothing on to its attention but what it knows."""
+
+    def forward(self, reaches: Any = None, **kwargs: Any) -> Any:
+        return super().forward(**kwargs)
+
+
+def test_a_model_that_cannot_be_packed_is_padded(model: PreTrainedModel) -> None:
+    deaf = Deaf(model.config)
+    deaf.load_state_dict(model.state_dict())
+    engine = HFEngine(deaf, max_context=256, prefill_tokens=128)
+    assert not engine._batch._runner.packs and HFEngine(model, max_context=256)._batch._runner.packs
+    for turns in run(*(converse(engine, seed) for seed in range(12))):
+        assert_exact(model, turns)
+    assert engine.stats.forwards > engine.stats.steps
+
+
 def test_logprobs_are_those_of_the_temperature_and_precede_top_p(
     model: PreTrainedModel, engine: HFEngine
 ) -> None:
@@ -284,13 +314,13 @@ def test_greedy_equals_generate(model: PreTrainedModel, engine: HFEngine) -> Non
 
 
 def watch_rows(engine: HFEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of rows of each forward to come."""
+    """The number of rows that each forward to come gives logits for."""
     rows: list[int] = []
     forward = engine._batch._runner.model.forward
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         if "past_key_values" in kwargs:
-            rows.append(kwargs["input_ids"].shape[0])
+            rows.append(len(kwargs["logits_to_keep"]))
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(engine._batch._runner.model, "forward", counted)
@@ -312,7 +342,7 @@ def test_finished_rows_leave_and_new_ones_enter(
 
     rows.clear()
     asyncio.run(later())
-    assert rows == [1, 1, 1, 1, 2, 1]  # a twice; a and the prefill of b; both; a
+    assert rows == [1, 1, 2, 2, 1]  # a twice; both twice; a
 
 
 @pytest.mark.parametrize("ends", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from rllib_gtpo import GTPOConfig, SFTConfig
 from rllib_gtpo.cold_start import ColdStart, Demonstrations, load_demonstrations
-from rllib_gtpo.errors import ConfigError, DataError, Interrupted
+from rllib_gtpo.env_runner import GTPOEnvRunner
+from rllib_gtpo.errors import ConfigError, DataError, GTPOError, Interrupted
 from rllib_gtpo.models import build_tokenizer
 from rllib_gtpo.packing import NOT_TRAINED, TokenSequence
 from rllib_gtpo.supervision import validation_loss
@@ -30,6 +32,19 @@ def config(kind=GTPOConfig, steps=12, **cold_start):
         .reporting(progress=False)
         .debugging(seed=4)
     )
+
+
+class Late(GTPOEnvRunner):
+    """Takes its time to take weights, or loses them."""
+
+    loses = False
+
+    def set_state(self, state):
+        if self.worker_index and "rl_module" in state:
+            if self.loses:
+                return
+            time.sleep(1.0)
+        super().set_state(state)
 
 
 def weights(algorithm):
@@ -82,6 +97,20 @@ class TestRuns:
         assert same(before, weights(algorithm))
         runner = algorithm.env_runner.module.get_state()
         assert same(before, runner)
+        algorithm.stop()
+
+    def test_a_remote_runner_samples_with_the_newest_weights_or_not_at_all(self, ray_session):
+        algorithm = config().env_runners(num_env_runners=1, env_runner_cls=Late).build_algo()
+        for version in (1, 2):
+            algorithm.train()
+            trained = algorithm.learner_group._learner.last_batch.trajectories
+            assert {turn.weights_version for t in trained for turn in t.turns} == {version}
+        algorithm.env_runner_group.foreach_env_runner(
+            lambda runner: setattr(runner, "loses", True), local_env_runner=False
+        )
+        algorithm.train()
+        with pytest.raises(GTPOError, match="has weights 3, though 4 were sent"):
+            algorithm.train()
         algorithm.stop()
 
     def test_sft_is_the_same_training_in_iterations(self, ray_session):
