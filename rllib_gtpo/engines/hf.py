@@ -3,9 +3,9 @@
 Limits first.  One event loop, one thread: a forward blocks the loop, and tools proceed between
 forwards.  Layers must keep plain keys and values of full attention; `check_model` refuses others.
 
-Each step admits new requests, runs one prefill over their *new* tokens and one decode over the rows
-already running, samples one token for each, and lets finished rows go.  The cache of a trajectory
-stays after its turn, so that the next turn computes only what is new.
+Each step admits new requests, runs their *new* tokens and the last ones of the rows already running
+through the model in one forward, samples one token for each row, and lets finished rows go.  The
+cache of a trajectory stays after its turn, so that the next turn computes only what is new.
 """
 
 from __future__ import annotations
