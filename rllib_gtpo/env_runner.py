@@ -149,9 +149,8 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         """`sample_groups` for remote calls: an exception that escaped would end this actor
         instead.
 
-        weights_version: Those that were sent here before.  They arrive first as long as calls come
-            in the order in which they were made, and nobody waits for them; should they not, their
-            rollouts would be taken for the newest policy's.
+        weights_version: Those that were sent here before.  Rollouts with older ones would be taken
+            for the newest policy's.
         """
         try:
             if self.weights_version < weights_version:

@@ -7,6 +7,7 @@ import time
 from itertools import pairwise
 
 import pytest
+import ray
 import torch
 
 from rllib_gtpo import GTPOConfig, SFTConfig
@@ -99,10 +100,21 @@ class TestRuns:
         assert same(before, runner)
         algorithm.stop()
 
-    def test_a_remote_runner_samples_with_the_newest_weights_or_not_at_all(self, ray_session):
+    def test_a_remote_runner_samples_with_the_newest_weights_or_not_at_all(
+        self, ray_session, monkeypatch
+    ):
         algorithm = config().env_runners(num_env_runners=1, env_runner_cls=Late).build_algo()
+        gone = ray.remote(num_cpus=0)(Late).remote(config=None)
+        ray.kill(gone)
+
+        def lost(**call):
+            monkeypatch.undo()
+            return [gone.ping.remote()]
+
+        monkeypatch.setattr(algorithm.env_runner_group._worker_manager, "_call_actors", lost)
         for version in (1, 2):
-            algorithm.train()
+            result = algorithm.train()
+            assert (result["group"]["lost_and_resampled"] > 0) == (version == 1)
             trained = algorithm.learner_group._learner.last_batch.trajectories
             assert {turn.weights_version for t in trained for turn in t.turns} == {version}
         algorithm.env_runner_group.foreach_env_runner(
