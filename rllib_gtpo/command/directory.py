@@ -64,7 +64,10 @@ class Checkpoint:
     @property
     def progress(self) -> dict[str, Any]:
         """{"training_iteration", "time_total_s", "metrics"} at the time of saving."""
-        progress: dict[str, Any] = json.loads((self.path / _PROGRESS).read_text())
+        try:
+            progress: dict[str, Any] = json.loads((self.path / _PROGRESS).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path / _PROGRESS} is damaged: {error}") from error
         return progress
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rllib_gtpo.command.directory import RunDirectory
+from rllib_gtpo.command.reading import reading
 from rllib_gtpo.errors import ConfigError, GTPOError
 from rllib_gtpo.lora import BASE_MARK, adapter_files, merge
 from rllib_gtpo.models import is_local
@@ -138,14 +139,8 @@ def _config(checkpoint: Path) -> Any:
 
     from rllib_gtpo.config import GTPOConfig
 
-    try:
-        with (checkpoint / "class_and_ctor_args.pkl").open("rb") as file:
-            made = cloudpickle.load(file)
-    except (OSError, ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{checkpoint} cannot be read: {error}. Run this where the modules that it was "
-            "trained with (its environment's, say) can be imported."
-        ) from error
+    with reading(checkpoint), (checkpoint / "class_and_ctor_args.pkl").open("rb") as file:
+        made = cloudpickle.load(file)
     config = AlgorithmConfig.from_state(made["ctor_args_and_kwargs"][0][0])
     if not isinstance(config, GTPOConfig):
         name = made["class"].__name__
@@ -156,7 +151,8 @@ def _config(checkpoint: Path) -> Any:
 def _module(checkpoint: Path) -> Any:
     from ray.rllib.core.rl_module.rl_module import RLModule
 
-    return RLModule.from_checkpoint(str((checkpoint / MODULE).absolute()))
+    with reading(checkpoint):
+        return RLModule.from_checkpoint(str((checkpoint / MODULE).absolute()))
 
 
 def _save_model(module: Any, folder: Path, config: Any, codec: Any, dtype: str | None) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import platform
+import sys
 import uuid
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rllib_gtpo.command.directory import Checkpoint, RunDirectory, RunRecord, file_hash
 from rllib_gtpo.command.files import Experiment, check_env, load_experiment, named_experiment
 from rllib_gtpo.command.ray_session import check_resources
+from rllib_gtpo.command.reading import installed_versions, other_versions
 from rllib_gtpo.command.search_spaces import spaces_of
 from rllib_gtpo.command.settings import CONFIG, apply_overrides, attribute_of
 from rllib_gtpo.command.stopping import StopCriteria
@@ -72,6 +73,9 @@ def resolve(source: Path | Named, options: RunOptions) -> Resolved:
     earlier: tuple[str, list[str], list[str]] = ("", [], [])
     if run is not None:
         earlier = (f"{options.resume}: ", run.record.overrides, run.record.stop)
+        changed = other_versions(run.record.versions)
+        if changed:
+            print(f"note: {run.path} was last trained with {changed}", file=sys.stderr)
         record = _continued_record(run.record, record, run.path)
     places, stop = experiment.places, experiment.stop
     apply_overrides(experiment.config, options.config, places, "--config")
@@ -141,12 +145,6 @@ def _evaluation_interval(experiment: Experiment) -> int:
 
 
 def _record(experiment: Experiment, source: Path | Named, options: RunOptions) -> RunRecord:
-    versions = {"python": platform.python_version()}
-    for package in ("rllib-gtpo", "ray", "torch", "transformers"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     return RunRecord(
         file=str(source.resolve()) if isinstance(source, Path) else "",
         sha256=file_hash(source) if isinstance(source, Path) else "",
@@ -154,7 +152,7 @@ def _record(experiment: Experiment, source: Path | Named, options: RunOptions) -
         algorithm=experiment.algorithm,
         overrides=[*options.config, *options.override],
         stop=list(options.stop),
-        versions=versions,
+        versions={"python": platform.python_version(), **installed_versions()},
         trial_id=uuid.uuid4().hex[:8],
         source=source.words if isinstance(source, Named) else [],
     )

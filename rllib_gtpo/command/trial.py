@@ -26,6 +26,7 @@ from rllib_gtpo.command.interrupts import PIPE_EXIT, Stopper
 from rllib_gtpo.command.output import mute_stdout, print_end
 from rllib_gtpo.command.quiet import building
 from rllib_gtpo.command.ray_session import check_resources, ray_session
+from rllib_gtpo.command.reading import reading
 from rllib_gtpo.command.result_log import ITERATION, ResultLog
 from rllib_gtpo.command.single_trial import TrialCallbacks
 from rllib_gtpo.command.stopping import StopCriteria, numbers
@@ -104,8 +105,9 @@ class Trial:
         if checkpoint is not None:
             for moved in self.run.clean(checkpoint):
                 self._say(f"set aside a newer checkpoint: {moved}")
-            self.algo.load_checkpoint(str(checkpoint.path.absolute()))
             progress = checkpoint.progress
+            with reading(checkpoint.path):
+                self.algo.load_checkpoint(str(checkpoint.path.absolute()))
             iteration = int(progress[ITERATION])
             self.algo._iteration = iteration
             self.algo._time_total = float(progress["time_total_s"])  # RLlib restores only the count
