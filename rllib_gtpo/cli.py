@@ -46,8 +46,17 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
+    from rllib_gtpo.command.failures import guarded
+    from rllib_gtpo.command.streams import take_any_text
+
+    words = sys.argv[1:] if argv is None else argv
+    take_any_text()
+    return guarded(lambda: _run(words), debug="--debug" in words)
+
+
+def _run(words: Sequence[str]) -> int:
     parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_args(words)
     if unknown:
         getattr(args, "parser", parser).refuse(unknown)
     if args.version:
@@ -55,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "run"):
         parser.print_help()
         return 2
-    from rllib_gtpo.command.failures import guarded
-
-    return guarded(lambda: int(args.run(args)), debug=getattr(args, "debug", False))
+    return int(args.run(args))
 
 
 def _version() -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from tqdm import tqdm
@@ -11,6 +13,11 @@ from tqdm import tqdm
 from rllib_gtpo.rollout_stats import Tally
 
 _LINE_EVERY_S = 30.0
+
+
+def can_draw() -> bool:
+    """Whether standard error is a terminal on which a line can be drawn again."""
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Progress:
@@ -21,7 +28,7 @@ class Progress:
         self._enabled = enabled
         self._note = ""
         self._printed = time.monotonic()
-        terminal = enabled and sys.stderr.isatty()
+        terminal = enabled and can_draw()
         self._bar = (
             tqdm(
                 total=total,
@@ -44,7 +51,9 @@ class Progress:
             self._bar.update(count)
         elif self._enabled and time.monotonic() - self._printed > _LINE_EVERY_S:
             self._printed = time.monotonic()
-            print(f"{self._label}: {self._done}/{self._total} {self._note}".rstrip(), flush=True)
+            line = f"{self._label}: {self._done}/{self._total} {self._note}".rstrip()
+            with suppress(BrokenPipeError):  # whoever prints next notices, and can save
+                print(line, flush=True)
 
     def reach(self, done: int, note: str = "") -> None:
         """Moves to `done` steps, which may be fewer than before: some may have to be repeated."""

@@ -15,6 +15,7 @@ from typing import Any
 from rllib_gtpo.chat.formats import THINKING, ParsedTurn, call_format, native_format
 from rllib_gtpo.chat.template import ChatTemplate, assistant
 from rllib_gtpo.chat.verify import find_deviations
+from rllib_gtpo.encodable import encodable
 from rllib_gtpo.errors import ChatTemplateError
 from rllib_gtpo.types import Message
 
@@ -163,7 +164,7 @@ class ChatCodec:
         return index
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = self.tokenizer.encode(encodable(text), add_special_tokens=False)
         return ids
 
 

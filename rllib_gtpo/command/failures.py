@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from rllib_gtpo.command.interrupts import PIPE_EXIT, SIGINT_EXIT
+from rllib_gtpo.command.streams import flush_stdout, mute_stdout
 from rllib_gtpo.errors import (
     ChatTemplateError,
     ConfigError,
@@ -21,12 +22,13 @@ _BAD_INPUT = (ConfigError, DataError, ChatTemplateError, RewardError)
 def guarded(command: Callable[[], int], debug: bool = False) -> int:
     """Runs `command`; the exit code of what it returned or raised."""
     try:
-        return command()
+        try:
+            return command()
+        finally:
+            flush_stdout()
     except KeyboardInterrupt:
         return SIGINT_EXIT
     except BrokenPipeError:
-        from rllib_gtpo.command.output import mute_stdout
-
         mute_stdout()
         return PIPE_EXIT
     except Exception as error:

@@ -1,19 +1,14 @@
-"""What a run prints at its end, and output whose reader has gone."""
+"""What a run prints at its end."""
 
 from __future__ import annotations
 
 import atexit
-import os
 import shlex
 import sys
 from pathlib import Path
 
 from rllib_gtpo.command.directory import Checkpoint, RunDirectory
-
-
-def mute_stdout() -> None:
-    """Sends standard output nowhere, after its reader has gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+from rllib_gtpo.command.streams import mute_stdout
 
 
 def keep_colour_codes_away() -> None:

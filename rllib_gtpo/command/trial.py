@@ -23,13 +23,14 @@ from unittest import mock
 from rllib_gtpo.command.directory import Checkpoint, RunDirectory, SaveError
 from rllib_gtpo.command.files import Experiment
 from rllib_gtpo.command.interrupts import PIPE_EXIT, Stopper
-from rllib_gtpo.command.output import mute_stdout, print_end
+from rllib_gtpo.command.output import print_end
 from rllib_gtpo.command.quiet import building
 from rllib_gtpo.command.ray_session import check_resources, ray_session
 from rllib_gtpo.command.reading import reading
 from rllib_gtpo.command.result_log import ITERATION, ResultLog
 from rllib_gtpo.command.single_trial import TrialCallbacks
 from rllib_gtpo.command.stopping import StopCriteria, numbers
+from rllib_gtpo.command.streams import mute_stdout
 from rllib_gtpo.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rllib_gtpo.encodable import encodable
 from rllib_gtpo.env import task_id
 from rllib_gtpo.record.credit import LearnedCredit
 from rllib_gtpo.record.schema import SCHEMA, TOKEN_FIELDS, TRAJECTORY_FIELDS
@@ -60,7 +61,7 @@ def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
 def _encodable(value: Any) -> Any:
     """The value with escapes in the place of what UTF-8 does not have."""
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
+        return encodable(value)
     if isinstance(value, dict):
         return {key: _encodable(each) for key, each in value.items()}
     return [_encodable(each) for each in value] if isinstance(value, list) else value

@@ -6,6 +6,7 @@ import json
 from itertools import islice
 from typing import Any
 
+from rllib_gtpo.encodable import encodable
 from rllib_gtpo.sandbox.output import Output, clip, join_ends
 
 _BATCH = 4096  # pieces of JSON that are joined at a time
@@ -24,7 +25,7 @@ def to_text(value: Any, limit: int | None = None) -> str:
     """
     text = value if isinstance(value, str) else _write(value, limit)
     if limit is None or len(text) <= limit:
-        text = text.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
+        text = encodable(text)
         return text if limit is None else clip(text, limit)
     return clip(text, limit).encode("utf-8", "replace").decode()  # as long as it was
 

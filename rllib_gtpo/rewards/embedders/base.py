@@ -49,8 +49,3 @@ def check_positive(embedder: str, **settings: Any) -> None:
             raise ConfigError(
                 f"embedder {embedder!r}: {name}={value!r} must be a whole number of at least 1."
             )
-
-
-def encodable(text: str) -> str:
-    """`text` without lone surrogates, which JSON arguments of a call may hold and UTF-8 may not."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

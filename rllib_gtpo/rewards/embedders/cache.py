@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from rllib_gtpo.encodable import encodable
 from rllib_gtpo.errors import ConfigError
-from rllib_gtpo.rewards.embedders.base import Embedder, encodable
+from rllib_gtpo.rewards.embedders.base import Embedder
 
 _IN_MEMORY = 4096  # vectors
 _CHECKSUM = 4  # bytes in front of the vector

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from rllib_gtpo.encodable import encodable
 from rllib_gtpo.errors import ConfigError, EmbedderError
-from rllib_gtpo.rewards.embedders.base import check_positive, encodable, unit_vector
+from rllib_gtpo.rewards.embedders.base import check_positive, unit_vector
 
 _WEIGHTS_AND_SETTINGS = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")
 _PLAIN_MODULES = {"Transformer", "Pooling", "Normalize"}

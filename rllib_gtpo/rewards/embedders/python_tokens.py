@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from rllib_gtpo.rewards.embedders.base import check_positive, encodable
+from rllib_gtpo.encodable import encodable
+from rllib_gtpo.rewards.embedders.base import check_positive
 
 _NAME = "name"  # the one kind of token that is looked at once more
 _TEXT = "text"

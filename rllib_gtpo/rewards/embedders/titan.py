@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from rllib_gtpo.encodable import encodable
 from rllib_gtpo.errors import ConfigError, EmbedderError
-from rllib_gtpo.rewards.embedders.base import check_positive, encodable, unit_vector
+from rllib_gtpo.rewards.embedders.base import check_positive, unit_vector
 
 _DIMENSIONS = (1024, 512, 256)
 _MAX_CHARACTERS = 50_000  # of one request; it also has a limit of 8,192 tokens
