@@ -1,5 +1,7 @@
 """Arguments, messages and exit codes; nothing here trains."""
 
+import io
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +12,11 @@ import pytest
 
 from rllib_gtpo.cli import build_parser, main
 from rllib_gtpo.command.stopping import StopCriteria, flatten, numbers
+from rllib_gtpo.command.streams import take_any_text
 from rllib_gtpo.command.yaml_text import parse_assignment, parse_yaml
 from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.progress import Progress
+from tests.test_convert import TestShareGPT as _ShareGPT
 
 ROOT = Path(__file__).resolve().parent.parent
 YAML = """\
@@ -110,22 +115,90 @@ def test_missing_file_exits_2_without_traceback():
     assert "Traceback" not in done.stderr
 
 
-def test_closed_pipe_is_quiet():
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--version"],
+        ["example", "list"],
+        ["example", "get", "ppo_cartpole"],
+        ["train", "file", "task.yaml", "--dry-run"],
+        ["plan", "calculator.yaml", "--tokens", "100"],
+        ["convert", "traces.jsonl", "out.jsonl", "--from", "sharegpt"],
+    ],
+    ids=" ".join,
+)
+def test_a_closed_pipe_is_quiet(tmp_path, monkeypatch, capfd, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "task.yaml").write_text(YAML)
+    text = (ROOT / "tuned_examples" / "gtpo_calculator.yaml").read_text()
+    (tmp_path / "calculator.yaml").write_text(text)
+    (tmp_path / "traces.jsonl").write_text(json.dumps(_ShareGPT.ROW))
     read, write = os.pipe()
     os.close(read)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-u", "-m", "rllib_gtpo.cli", "example", "list"],
-            cwd=ROOT,
-            stdout=write,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-        )
-    finally:
-        os.close(write)
-    assert done.returncode == 141
-    assert done.stderr == ""
+    with os.fdopen(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(command) == 141
+        monkeypatch.undo()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_device_is_told(monkeypatch, capsys):
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["example", "list"]) == 1
+        monkeypatch.undo()
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_without_an_output_at_all():
+    command = f"{sys.executable} -m rllib_gtpo.cli --version >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_names_that_are_no_text(capsys):
+    assert main(["train", "file", "na\udcffme.yaml"]) == 2
+    assert "there is no file na\\udcffme.yaml" in capsys.readouterr().err
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        take_any_text()
+        print("\ud800\xe9", flush=True)
+    assert stream.buffer.getvalue() == b"\\ud800\\xe9\n"
+
+
+class TestProgress:
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def shown(self, monkeypatch, stream, **variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with Progress("rollouts", 3) as progress:
+            progress.step(note="1/3 groups")
+        return "" if stream is None else stream.getvalue()
+
+    def test_a_terminal_has_a_bar_without_colour(self, monkeypatch):
+        shown = self.shown(monkeypatch, self.Terminal(), TERM="xterm", NO_COLOR="1")
+        assert "rollouts: " in shown and "\r" in shown and "\x1b[3" not in shown
+
+    @pytest.mark.parametrize("stream", [io.StringIO, None], ids=["file", "closed"])
+    def test_what_is_no_terminal_has_none(self, monkeypatch, stream):
+        assert self.shown(monkeypatch, stream and stream(), TERM="xterm") == ""
+
+    def test_nor_has_one_that_cannot_move_back(self, monkeypatch, capsys):
+        monkeypatch.setattr("rllib_gtpo.progress._LINE_EVERY_S", -1.0)
+        assert self.shown(monkeypatch, self.Terminal(), TERM="dumb") == ""
+        assert capsys.readouterr().out == "rollouts: 1/3 1/3 groups\n"
+
+    def test_a_closed_pipe_does_not_end_a_step(self, monkeypatch):
+        monkeypatch.setattr("rllib_gtpo.progress._LINE_EVERY_S", -1.0)
+        read, write = os.pipe()
+        os.close(read)
+        with pytest.raises(BrokenPipeError), os.fdopen(write, "w") as stream:  # when it is closed
+            monkeypatch.setattr(sys, "stdout", stream)
+            self.shown(monkeypatch, io.StringIO())
 
 
 @pytest.mark.parametrize(

@@ -590,3 +590,10 @@ class TestFiles:
         (tmp_path / "in.json").write_text("{}\n{}")
         with pytest.raises(DataError, match=r"use the ending \.jsonl"):
             convert(tmp_path / "in.json", tmp_path / "other.jsonl", "sharegpt")
+
+
+def test_text_that_utf8_does_not_have_is_kept_as_escapes(tmp_path):
+    row = json.loads(json.dumps(TestShareGPT.ROW))
+    row["conversations"][-1]["value"] = "bad \ud800"
+    (made,), _ = converted(tmp_path, "sharegpt", row)
+    assert "bad \ud800" in json.dumps(made, ensure_ascii=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rllib_gtpo.chat import call_format
+from rllib_gtpo.encodable import encodable
 from rllib_gtpo.errors import DataError
 from rllib_gtpo.trace_formats import FORMATS, failure
 from rllib_gtpo.traces import UnusableRow, to_demonstration
@@ -72,7 +73,7 @@ def _line(row: Any, kind: str, keep_failed: bool) -> str:
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UnusableRow(f"not as {kind} writes it ({error!r})") from error
     to_demonstration(converted, call_format("hermes"))  # so that a cold start can read it
-    return json.dumps(converted, ensure_ascii=False) + "\n"
+    return encodable(json.dumps(converted, ensure_ascii=False)) + "\n"
 
 
 def _rows(source: Path) -> Iterator[tuple[int, Any]]:
