@@ -84,13 +84,17 @@ class ToolEnv(gym.Env[Any, Any]):
     """Base class of tool tasks.  Override `tasks`, `prompt`, `reward`; the rest is optional."""
 
     tools: ClassVar[Sequence[ToolSource]] = ()
+    """What the policy can call: functions, methods, names of either, MCP servers."""
     max_turns: ClassVar[int] = 8
-    max_invalid_calls: int | None = (
-        None  # turns in a row with nothing but invalid calls that end it
-    )
-    system: ClassVar[str | None] = None  # system message of every conversation
-    tool_timeout: float = 30.0  # seconds, of tools without a limit of their own
-    tool_output_chars: int = 8192  # what the policy sees of a result; the middle is left out
+    """After so many turns a trajectory ends."""
+    max_invalid_calls: int | None = None
+    """Turns in a row with nothing but invalid calls that end it; None: no limit."""
+    system: ClassVar[str | None] = None
+    """System message of every conversation."""
+    tool_timeout: float = 30.0
+    """Seconds, of tools without a limit of their own."""
+    tool_output_chars: int = 8192
+    """What the policy sees of a result; the middle is left out."""
 
     observation_space = ChatSpace()
     action_space = ChatSpace()

@@ -3,15 +3,16 @@
 A *group* is the rollouts ("trajectories") of one prompt.  A trajectory is a list of *turns*.  A
 turn is what the policy sampled in one go plus what the tools answered to it:
 
-    context added before the turn (never trained)   Turn.prompt_ids
-    "...<|im_start|>assistant\\n" what the policy sampled (trained)               Turn.token_ids
-     "```python\\nprint(1+1)\\n```<|im_end|>" what the tools answered (never trained)         first
-     part of the next turn's prompt_ids
+    what                                      where                          trained
+    context added before the turn             Turn.prompt_ids                never
+    what the policy sampled, its end as well  Turn.token_ids                 always
+    what the tools answered                   prompt_ids of the next turn    never
 
 so the token stream of a trajectory is  p0 c0 p1 c1 ... pK cK  with p = prompt_ids, c = token_ids,
 and no token belongs to two turns.
 
-Example: "What is 2 + 3 * 4?" solved with one tool call is two turns:
+"What is 2 + 3 * 4?", solved with one tool call, is two turns:
+
     turn 0  text "```python\\nprint(2+3*4)\\n```"  calls [ToolCall("python", ...)]  results ["14"]
     turn 1  text "14"                              calls []  -> answer "14", stop_reason ANSWER
 """
