@@ -4,7 +4,9 @@ How: two runs of one seed take turns, iteration by iteration, in this process: o
 everything, the other nothing.  Model and task are the quickstart's after a short cold start: 0.3 M
 parameters, so that an iteration is cheap and the share as large as it gets.  `recording_share` is
 the CPU time of the recorder's two threads over that of the recording run's iterations; `ratio` is
-the median over pairs of equal iterations, with the noise of the machine.
+the median over pairs of equal iterations, with the noise of the machine.  `tensorboard_share` is
+what writing the events of those iterations takes, of all threads, when it is done again by itself:
+metrics, and histograms, transcripts and the other estimators from the whole record.
 
     python release/record_cost.py --json release/results/record_cost.json
 """
@@ -25,10 +27,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from results import Report
 
 from rllib_gtpo import GTPOConfig
+from rllib_gtpo.command.stopping import numbers
+from rllib_gtpo.record.location import Location
 from rllib_gtpo.record.recorder import Recorder
+from rllib_gtpo.report.tensorboard import TensorBoardLog
 from rllib_gtpo_envs import Calculator
 
-THRESHOLDS = {"recording_share": {"max": 0.03}}
+THRESHOLDS = {"recording_share": {"max": 0.03}, "tensorboard_share": {"max": 0.01}}
 SEED = 0
 
 
@@ -80,6 +85,18 @@ def timed_iteration(algorithm):
     return time.process_time() - began, result
 
 
+def seconds_of_events(run, results):
+    """CPU seconds of all threads for the events of these iterations."""
+    for name in ("once", "again"):  # what is loaded once is not a cost of iterations
+        began = time.process_time()
+        last = results[0]["training_iteration"] - 1
+        board = TensorBoardLog(run / name, Location.of(run), last)
+        for result in results:
+            board.write(numbers(result), result["training_iteration"])
+        board.close()
+    return time.process_time() - began
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=12)
@@ -95,12 +112,15 @@ def main(argv: list[str] | None = None) -> int:
             algorithm.train()  # what is loaded once is not a cost of iterations
         recording._recorder.flush()
         recording._recorder.seconds = 0.0
-        with_it, without = [], []
+        with_it, without, results = [], [], []
         for number in range(args.iterations):
             pair = [(recording, with_it), (silent, without)]
             for algorithm, times in pair if number % 2 else reversed(pair):
                 seconds, result = timed_iteration(algorithm)
                 times.append(seconds)
+                if algorithm is recording:
+                    results.append(result)
+        events = seconds_of_events(Path(folder) / "run", results)
         written = [file.stat().st_size for file in Path(folder).glob("run/record/*.parquet")]
         report.add(
             {
@@ -109,6 +129,8 @@ def main(argv: list[str] | None = None) -> int:
                 "tokens": result["tokens"]["sampled"],
                 "iteration_s": median(without),
                 "record_s": recording._recorder.seconds / args.iterations,
+                "tensorboard_s": events / args.iterations,
+                "tensorboard_share": events / sum(with_it),
                 "recording_share": recording._recorder.seconds / sum(with_it),
                 "ratio": median(a / b for a, b in zip(with_it, without, strict=True)),
                 "file_kb": median(written) / 1e3,

@@ -3,12 +3,16 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rllib_gtpo import record
 from rllib_gtpo.cli import main
 from rllib_gtpo.command.files import load_experiment
 from rllib_gtpo.command.resolve import check
@@ -129,35 +133,110 @@ def test_a_sweep_ends_with_a_table_also_when_it_is_resumed(folder, ray_session, 
     ]
     assert json.loads((run / "run.json").read_text())["status"] == "completed"
 
+    # The same for whoever asks later.
+    assert main(["report", "s"]) == 0
+    assert capsys.readouterr().out in out
+    assert main(["report", "s", "--out", "x.html"]) == 2
+    assert "leave out --out" in capsys.readouterr().err
+    assert sorted(p.name for p in run.glob("tune/trial_*")) == [
+        "trial_001_lr=0.001",
+        "trial_002_lr=0.0001",
+        "trial_003_lr=1e-05",
+    ]
+
     # A metric that does not exist ends the sweep at once.
     assert main(["train", "file", "sweep.py", "--stop", "scoer=1", "--out", "t"]) == 2
     assert "no metric 'scoer'; did you mean 'score'" in capsys.readouterr().err
 
 
+def start(folder, *words, wait=True):
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "RAY_ADDRESS": "",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "envs")]),
+        },
+        start_new_session=True,
+    )
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err
+    return out
+
+
 @pytest.mark.slow
-def test_an_example_shares_one_core_between_two_trials(tmp_path):
-    """As `python FILE`; trials that take half a core each hold it at the same time."""
+@pytest.mark.timeout(600)
+def test_trials_share_a_core_and_a_cold_start(tmp_path):
+    """The examples, as `python FILE`, in the two steps of docs/sweeps.md.
+
+    Two trials that take half a core each hold it at the same time.
+    """
     from ray.tune import ExperimentAnalysis
 
-    small = ["cold_start.steps=3", "group_size=2", "groups_per_step=2", "shaping=none"]
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "tuned_examples" / "sweep_gamma_shaping.py")),
-            *("--stop", "training_iteration=1", "--num-cpus", "1", "--out", str(tmp_path / "s")),
-            *(f"--override={setting}" for setting in small),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=250,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "RAY_ADDRESS": ""},
+    examples = ROOT / "tuned_examples"
+    small = ["--override=cold_start.steps=3", "--override=steps_per_iteration=3", "--num-cpus=1"]
+    stop = "--stop=training_iteration=1"
+    start(tmp_path, str(examples / "sft_calculator.py"), "--out", "cold", stop, *small)
+    start(tmp_path, "-m", "rllib_gtpo.cli", "export", "cold", "cold/model")
+    small = ["group_size=2", "groups_per_step=2", "shaping=none", "cold_start=null"]
+    out = start(
+        *(tmp_path, str(examples / "sweep_gamma_shaping.py"), "--out", "s", stop, "--num-cpus=1"),
+        *(f"--override={setting}" for setting in [*small, "model=cold/model"]),
     )
-    assert done.returncode == 0, done.stderr
-    assert "each trial takes 0.5 CPU: 2 at a time" in done.stdout
+    assert "each trial takes 0.5 CPU: 2 at a time" in out and "cold start" not in out
     trials = ExperimentAnalysis(str(tmp_path / "s" / "tune")).trials
     assert sorted(t.evaluated_params["gamma"] for t in trials) == [0.9, 1.0]
     ends = [t.last_result["timestamp"] for t in trials]
     assert max(t.run_metadata.start_time for t in trials) < min(ends)
-    assert [row[2] for row in rows_of(done.stdout)] == ["status", "done", "done"]
+    assert [row[3] for row in rows_of(out)] == ["iter", "1", "1"]
+    for folder in (tmp_path / "s" / "tune").glob("trial_*"):
+        (file,) = record.record_files(folder)
+        assert file.iteration == 1
+        events = EventAccumulator(str(folder)).Reload().Tags()
+        assert "accuracy" in events["scalars"]
+        assert "transcript/lowest_reward/text_summary" in events["tensors"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_running_trials(folder):
+    slow = SWEEP.replace("super().training_step()", "super().training_step(); time.sleep(0.5)")
+    slow = slow.replace("self.config.lr == 1e-5", "False").replace("tune_config =", "unused =")
+    slow = "import time\n" + slow.replace("max_t=2", "max_t=99").replace(", 1e-5]", "]")
+    (folder / "sweep.py").write_text(slow.replace('{"training_iteration": 2}', '{"score": 1}'))
+    command = ["-m", "rllib_gtpo.cli", "train", "file", "sweep.py"]
+    process = start(folder, *command, "--out", "s", "--num-cpus", "1", wait=False)
+    told = folder / "told"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (told.exists() and " 2" in told.read_text()):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err.strip() == "finishing this step, then saving; press Ctrl-C again to quit at once"
+    saved = {}
+    for trial in json.loads((folder / "s" / "summary.json").read_text())["trials"]:
+        assert trial["status"] == "interrupted" and trial["iterations"] >= 1
+        saved[trial["number"]] = trial["iterations"]
+        assert Path(trial["checkpoint"]).is_dir()
+    assert sorted(saved) == [1, 2]
+
+    (folder / "sweep.py").write_text(slow.replace('{"training_iteration": 2}', STOP_SOON))
+    start(folder, *command, "--resume", "s", "--num-cpus", "1")
+    for number in saved:
+        (rows,) = (folder / "s" / "tune").glob(f"trial_{number:03d}_*/result.json")
+        counted = [json.loads(row)["training_iteration"] for row in rows.read_text().splitlines()]
+        assert counted == list(range(1, len(counted) + 1))
+        assert saved[number] <= len(counted) <= saved[number] + 1
+
+
+STOP_SOON = '{"time_total_s": 0.1}'
 
 
 def test_the_examples_are_sweeps():

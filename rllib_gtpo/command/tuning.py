@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -86,6 +87,8 @@ def with_goal(tune_config: Any, samples: int, goal: Goal) -> Any:
     from ray.tune import TuneConfig
 
     chosen = replace(tune_config or TuneConfig(), num_samples=samples)
+    if chosen.trial_dirname_creator is None:
+        chosen = replace(chosen, trial_dirname_creator=trial_directory)
     scheduler = chosen.scheduler
     if chosen.metric is None and getattr(scheduler, "_metric", None) is None:
         chosen = replace(chosen, metric=goal.metric, mode=goal.mode)
@@ -108,6 +111,12 @@ def varied_variants(config: AlgorithmConfig, limit: int) -> list[tuple[dict[str,
 def trial_number(trial: Any) -> int:
     """The place of one of Tune's trials in the order of their creation, from 1."""
     return int(str(trial.experiment_tag).split("_")[0]) + 1
+
+
+def trial_directory(trial: Any) -> str:
+    """ "trial_003_gamma=0.9_shaping=mean": also its name in TensorBoard."""
+    settings = re.sub(r"[^\w.=+-]+", "_", show_settings(trial.evaluated_params))
+    return f"trial_{trial_number(trial):03d}_{settings}"[:100].rstrip("_")
 
 
 def show_settings(settings: Mapping[str, Any]) -> str:

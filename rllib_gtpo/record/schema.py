@@ -72,6 +72,12 @@ TOKEN_FIELDS: dict[str, pa.DataType] = {
 }
 """Elements of the lists that are aligned with the tokens of a trajectory."""
 
+SHOWN_COLUMNS = (
+    *(name for name in TRAJECTORY_FIELDS if name not in ("tools", "split")),
+    "token_ids",
+)
+"""What a reader needs who shows trajectories and credits them again."""
+
 SCHEMA = pa.schema(
     {**TRAJECTORY_FIELDS, **{name: pa.list_(kind) for name, kind in TOKEN_FIELDS.items()}}
 )

@@ -11,13 +11,12 @@ from typing import Any
 
 from rllib_gtpo.ops.diagnostics import DEAD
 from rllib_gtpo.record import IterationFile, groups_of_rows
-from rllib_gtpo.record.schema import TOKEN_FIELDS, TRAJECTORY_FIELDS
+from rllib_gtpo.record.schema import SHOWN_COLUMNS, TOKEN_FIELDS
 from rllib_gtpo.report.comparison import compare_estimators
 
 TEXT_LIMIT = 20_000  # characters of one text
 TOKEN_LIMIT = 1_000_000  # tokens of all token views
 TRAJECTORY_LIMIT = 20_000
-_COLUMNS = (*(name for name in TRAJECTORY_FIELDS if name not in ("tools", "split")), "token_ids")
 
 
 @dataclass
@@ -66,7 +65,7 @@ class Budget:
 
 def shown_groups(file: IterationFile, index: int, budget: Budget) -> list[dict[str, Any]]:
     """The groups of one iteration, as far as the budget goes."""
-    table = file.read(_COLUMNS)
+    table = file.read(SHOWN_COLUMNS)
     rows = table.to_pylist()
     members: dict[int, list[int]] = {}
     for number, row in enumerate(rows):

@@ -129,6 +129,14 @@ class SweepSummary:
         return table
 
 
+def is_sweep_directory(target: str) -> bool:
+    """Whether `rllib report` is asked about a sweep as a whole."""
+    try:
+        return json.loads((Path(target) / "run.json").read_text())["kind"] == "sweep"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def summarise(path: Path) -> SweepSummary:
     """Reads a sweep's directory and writes the summary's files there.
 

@@ -22,13 +22,13 @@ from rllib_gtpo.errors import GTPOError
 from rllib_gtpo.ops.diagnostics import BY_TURN
 from rllib_gtpo.record import IterationFile, groups_of_rows, record_files
 from rllib_gtpo.record.location import Location
-from rllib_gtpo.record.schema import TRAJECTORY_FIELDS
+from rllib_gtpo.record.schema import SHOWN_COLUMNS
 from rllib_gtpo.report.comparison import compare_estimators
 from rllib_gtpo.report.transcript import sampled_transcripts
 
 HISTOGRAM = "advantage_histogram/turn_{}"
 CORRELATION = "estimators/correlation/{}"
-COMPARED = 64  # trajectories of an iteration, at most
+COMPARED = 32  # trajectories of an iteration, at most
 _BINS = 40
 _NARROWEST = 1e-3  # a histogram, all in all
 
@@ -80,6 +80,7 @@ class TensorBoardLog:
     def __init__(self, directory: Path, home: Location, last_iteration: int = 0) -> None:
         self._directory, self._home = directory, home
         self._resumed = self._shown = last_iteration
+        self._names: set[str] = set()
         self._charts: list[str] = []
         self._writer: Any = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
@@ -106,8 +107,6 @@ class TensorBoardLog:
         self._thread.shutdown()
 
     def _write(self, metrics: Mapping[str, float], step: int) -> None:
-        from torch.utils.tensorboard.summary import scalar
-
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -115,23 +114,25 @@ class TensorBoardLog:
                 str(self._directory), purge_step=step if self._resumed else None
             )
         self._arrange(metrics)
-        self._add([scalar(name, value) for name, value in metrics.items()], step)
+        self._add([_scalars(metrics)], step)
         self._writer.flush()
 
     def _add(self, summaries: Sequence[Any], step: int) -> None:
-        """All at once: an event for each would take several times as long."""
-        merged = type(summaries[0])() if summaries else None
-        if merged is not None:
-            for summary in summaries:
-                merged.MergeFrom(summary)
-            self._writer.file_writer.add_summary(merged, step)
+        """As one event: one for each would take several times as long."""
+        merged = _scalars({})
+        for summary in summaries:
+            merged.MergeFrom(summary)
+        self._writer.file_writer.add_summary(merged, step)
 
     def _arrange(self, metrics: Mapping[str, float]) -> None:
         """Writes the layout of the tab Custom Scalars again when there is more to show."""
-        found, charts = arrange([*metrics, CORRELATION.format("any")])
+        if metrics.keys() <= self._names:
+            return
+        self._names |= metrics.keys()
+        layout, charts = arrange([*self._names, CORRELATION.format("any")])
         if len(charts) > len(self._charts):
             self._charts = charts
-            self._writer.add_custom_scalars(found)
+            self._writer.add_custom_scalars(layout)
 
     def _show_record(self) -> None:
         try:
@@ -163,16 +164,22 @@ def arrange(names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 def record_summaries(file: IterationFile) -> Iterator[Any]:
     """What one iteration's record shows, as summaries of TensorBoard."""
-    from torch.utils.tensorboard.summary import histogram, scalar, text
+    from torch.utils.tensorboard.summary import histogram, text
 
-    for name, values in advantages_by_turn(file.read(["turns"])).items():
+    table = file.read(SHOWN_COLUMNS)
+    for name, values in advantages_by_turn(table).items():
         yield histogram(HISTOGRAM.format(name), values, _edges(values))
-    columns = [name for name in TRAJECTORY_FIELDS if name != "tools"]
-    rows = file.read([*columns, "token_ids"]).slice(0, COMPARED).to_pylist()
-    for name, value in estimator_correlations(rows, file.about).items():
-        yield scalar(CORRELATION.format(name), value)
+    rows = table.slice(0, COMPARED).to_pylist()
+    found = estimator_correlations(rows, file.about)
+    yield _scalars({CORRELATION.format(name): value for name, value in found.items()})
     for name, shown in sampled_transcripts(rows).items():
         yield text(name, shown)
+
+
+def _scalars(metrics: Mapping[str, float]) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    return Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in metrics.items()])
 
 
 def _edges(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
