@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -96,6 +97,7 @@ class GTPO(Algorithm):
         self._stop_requested = False
         self._credit_rule = config.build_credit_rule()
         self._evaluated: tuple[tuple[int, int], float] | None = None  # training done, accuracy
+        self.train_meanwhile: Callable[[], None] | None = None  # while an evaluation samples
         self.engines: EnginePool | None = None  # of vLLM
         self._turns: Turns | None = None  # of engines and learners on the same devices
         self._bundles: Any = None  # a placement group of this run's own
@@ -183,6 +185,17 @@ class GTPO(Algorithm):
         ):
             results.pop(EVALUATION_RESULTS, None)
         return results
+
+    def _run_one_training_iteration_and_evaluation_in_parallel(self) -> Any:
+        """RLlib's, with another division of labour: see `evaluation.sample_while_training`."""
+        trained: list[Any] = []
+        self.train_meanwhile = lambda: trained.append(self._run_one_training_iteration())
+        try:
+            evaluated = self._run_one_evaluation()
+        finally:
+            self.train_meanwhile = None
+        results, context = trained[0]
+        return results, evaluated, context
 
     def training_step(self) -> None:
         """Sample groups, update the learners, sync the weights."""
@@ -420,8 +433,9 @@ class GTPO(Algorithm):
     def evaluate(self, parallel_train_future: Any = None) -> Any:
         """RLlib's evaluation, after the cold start."""
         self.run_cold_start_once()
+        before = self.progress_made.training_done
         results = super().evaluate(parallel_train_future)
-        self._evaluated = (self.progress_made.training_done, float(results["accuracy"]))
+        self._evaluated = (before, float(results["accuracy"]))
         return results
 
     def _held_out_accuracy_now(self) -> float:

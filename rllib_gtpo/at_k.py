@@ -18,15 +18,33 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-
-from rllib_gtpo.types import Group, Task, Trajectory
+from rllib_gtpo.intervals import compute_interval
+from rllib_gtpo.types import Group, Task
 
 SameAnswer = Callable[[str, str, Task], bool]
 
-Z = 1.959963984540054  # 97.5% of a normal distribution lie below
-RESAMPLES = 2000
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What the rollouts of one task come to.
+
+    majority: How right their most frequent answer is; see `compute_majority`.
+    """
+
+    samples: int
+    correct: int
+    majority: float
+
+    @property
+    def average(self) -> float:
+        """The share of correct ones."""
+        return self.correct / self.samples
+
+    def pass_at(self, k: int) -> float:
+        """The chance that one of k is correct."""
+        return compute_pass_at_k(self.samples, self.correct, k)
 
 
 def compute_pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -56,53 +74,42 @@ def compute_majority(
     return sum(leaders) / len(leaders) if leaders else 0.0
 
 
-def compute_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The 95% interval of a mean over tasks; see the module."""
-    if set(values) <= {0.0, 1.0}:
-        return compute_wilson(round(sum(values)), len(values))
-    array = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    means = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+def score_task(group: Group, same: SameAnswer, samples: int | None = None) -> TaskScore:
+    """The score of the first `samples` rollouts of a group, or of all.
 
-
-def compute_wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a proportion."""
-    if not trials:
-        return 0.0, 1.0
-    share, spread = successes / trials, Z * Z / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    same: Whether two answers to the task are one in the vote.
+    """
+    members = group.trajectories[:samples]
+    answers, correct = [t.answer for t in members], [bool(t.correct) for t in members]
+    majority = compute_majority(answers, correct, lambda a, b: same(a, b, group.task))
+    return TaskScore(len(members), sum(correct), majority)
 
 
 def compute_at_k(groups: Sequence[Group], same: SameAnswer) -> dict[str, float]:
-    """The metrics of groups with n rollouts each: avg@n, maj@n, and pass@k for k = 2, 4, ... n.
+    """The metrics of groups: each of as many rollouts as the smallest group has."""
+    samples = min((len(group.trajectories) for group in groups), default=0)
+    return mean_scores([score_task(group, same, samples) for group in groups] if samples else [])
+
+
+def mean_scores(scores: Sequence[TaskScore]) -> dict[str, float]:
+    """The metrics of tasks with n rollouts each: avg@n, maj@n, and pass@k for k = 2, 4, ... n.
 
     Each has a mean (`avg@8`) and the ends of its interval (`avg@8_low`, `avg@8_high`).  With one
     rollout each there is avg@1 alone, which the others would repeat.
     """
-    samples = min((len(group.trajectories) for group in groups), default=0)
-    if not samples:
+    if not scores:
         return {}
+    samples = scores[0].samples
     several = {1 << power for power in range(1, samples.bit_length())} | {samples}
     values: dict[str, list[float]] = defaultdict(list)
-    for group in groups:
-        members = group.trajectories[:samples]
-        correct = sum(t.correct for t in members)
-        values[f"avg@{samples}"].append(correct / samples)
+    for score in scores:
+        values[f"avg@{samples}"].append(score.average)
         if samples > 1:
-            values[f"maj@{samples}"].append(_majority(members, group.task, same))
+            values[f"maj@{samples}"].append(score.majority)
             for k in sorted(several):
-                values[f"pass@{k}"].append(compute_pass_at_k(samples, correct, k))
-    metrics: dict[str, float] = {"tasks": float(len(groups))}
+                values[f"pass@{k}"].append(score.pass_at(k))
+    metrics: dict[str, float] = {"tasks": float(len(scores))}
     for name, each in values.items():
         metrics[name] = sum(each) / len(each)
         metrics[f"{name}_low"], metrics[f"{name}_high"] = compute_interval(each)
     return metrics
-
-
-def _majority(members: Sequence[Trajectory], task: Task, same: SameAnswer) -> float:
-    answers, correct = [t.answer for t in members], [t.correct for t in members]
-    return compute_majority(answers, correct, lambda one, other: same(one, other, task))

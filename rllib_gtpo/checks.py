@@ -277,14 +277,37 @@ def _model(config: GTPOConfig) -> None:
 def _evaluation(config: GTPOConfig) -> None:
     evaluation_splits(config)
     if config.evaluation_parallel_to_training:
-        raise ConfigError(
-            "evaluation_parallel_to_training: evaluation runs between iterations; leave it out."
-        )
+        _parallel_evaluation(config)
     if config.evaluation_duration_unit != "episodes" or config.evaluation_duration == "auto":
         raise ConfigError(
             f"evaluation_duration={config.evaluation_duration!r} "
             f"({config.evaluation_duration_unit}): give a number of episodes."
         )
+
+
+def _parallel_evaluation(config: GTPOConfig) -> None:
+    """What evaluates while the weights change must not see the change."""
+    from rllib_gtpo.evaluation import evaluate_split
+
+    for reason, stands in (
+        (
+            "engine='vllm': its engines are those of the training and get new weights in between: "
+            "leave it out, or use engine='hf'",
+            config.engine == "vllm",
+        ),
+        (
+            "create_local_env_runner=False: an evaluation runner that is restarted gets the "
+            "weights that are evaluated from the local one: leave one of both out",
+            not config.create_local_env_runner,
+        ),
+        (
+            "a custom_evaluation_function of your own, which would not know that it is to train "
+            "meanwhile: leave one of both out",
+            config.custom_evaluation_function is not evaluate_split,
+        ),
+    ):
+        if stands:
+            raise ConfigError(f"evaluation_parallel_to_training does not go with {reason}.")
 
 
 def evaluation_splits(config: GTPOConfig) -> list[str]:

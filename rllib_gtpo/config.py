@@ -375,7 +375,10 @@ class GTPOConfig(AlgorithmConfig):
                 under `evaluation/split/NAME/`.  `evaluation_duration` counts trajectories of each.
             samples_per_task: Trajectories per task; above 1 there are pass@k and maj@k, too.
             temperature: Of sampling during evaluation.
-            **kwargs: RLlib's `evaluation_interval`, `evaluation_duration`, ...
+            **kwargs: RLlib's `evaluation_interval`, `evaluation_duration`, ...  With
+                `evaluation_parallel_to_training=True` and `evaluation_num_env_runners` above 0 an
+                evaluation is of the weights that its iteration starts with.  See
+                docs/evaluation.md.
         """
         own = {
             name: kwargs.pop(f"evaluation_{name}", value)

@@ -7,7 +7,8 @@ metrics `avg@k`, `pass@k` and `maj@k` say more than the accuracy; see rllib_gtpo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def evaluate_split(algorithm: Any, runners: Any) -> tuple[dict[str, Any], int, i
     """RLlib's custom evaluation function: up to `evaluation_duration` trajectories of each split.
 
     The tasks and the sampler's keys are the same at every evaluation, so differences are the
-    policy's.
+    policy's.  `weights/version` says which weights were evaluated: as of training's own versions,
+    and with `evaluation_parallel_to_training` those that the iteration starts with.
     """
     if runners is None:
         raise ConfigError(
@@ -39,27 +41,59 @@ def evaluate_split(algorithm: Any, runners: Any) -> tuple[dict[str, Any], int, i
             "evaluation(evaluation_num_env_runners=...)."
         )
     config = algorithm.evaluation_config
-    splits = evaluation_splits(config)
-    tasks = max(1, config.evaluation_duration // config.evaluation_samples_per_task)
-    rollouts = len(splits) * tasks * config.evaluation_samples_per_task
-    with Progress("evaluation", rollouts, enabled=config.progress) as bar:
-        progress = RolloutProgress(bar, len(splits) * tasks)
-        sampled = {split: _sample(algorithm, runners, split, tasks, progress) for split in splits}
+    sampled = sample_while_training(
+        lambda: sample_splits(algorithm, runners), algorithm.train_meanwhile
+    )
     env = as_tool_env(algorithm.env_creator(EnvContext(config.env_config, worker_index=0)))
     metrics: dict[str, float] = {}
     for split, part in sampled.items():
         groups = groups_of(part.episodes)
         refuse_broken_environment(groups, part.discarded)
         own = rollout_metrics(groups, part.discarded) | compute_at_k(groups, env.same_answer)
-        of = "" if len(splits) == 1 else f"split/{split}/"
+        own["weights/version"] = float(part.weights_version)
+        of = "" if len(sampled) == 1 else f"split/{split}/"
         metrics |= {of + name: value for name, value in own.items()}
     env.close()
-    if len(splits) > 1:
-        groups = [group for part in sampled.values() for group in groups_of(part.episodes)]
-        metrics |= rollout_metrics(groups, [t for p in sampled.values() for t in p.discarded])
-    _log(algorithm, metrics, sampled.values())
-    steps = sum(len(episode) for part in sampled.values() for episode in part.episodes)
+    parts = list(sampled.values())
+    if len(sampled) > 1:
+        groups = [group for part in parts for group in groups_of(part.episodes)]
+        metrics |= rollout_metrics(groups, [t for part in parts for t in part.discarded])
+        metrics["weights/version"] = float(parts[0].weights_version)
+    _log(algorithm, metrics, parts)
+    steps = sum(len(episode) for part in parts for episode in part.episodes)
     return dict(metrics), steps, steps
+
+
+def sample_splits(algorithm: Any, runners: Any) -> dict[str, Sampled]:
+    """The rollouts of an evaluation, by split."""
+    config = algorithm.evaluation_config
+    splits = evaluation_splits(config)
+    tasks = max(1, config.evaluation_duration // config.evaluation_samples_per_task)
+    rollouts = len(splits) * tasks * config.evaluation_samples_per_task
+    with Progress("evaluation", rollouts, enabled=config.progress) as bar:
+        progress = RolloutProgress(bar, len(splits) * tasks)
+        return {split: _sample(algorithm, runners, split, tasks, progress) for split in splits}
+
+
+def sample_while_training(
+    sample: Callable[[], dict[str, Sampled]], train: Callable[[], None] | None
+) -> dict[str, Sampled]:
+    """`sample()`, in a thread of its own while `train()` runs in this one, if there is that.
+
+    The runners that sample have got the weights before, and `train` gives them no others: so the
+    result is that of the weights before the training, whichever of both takes longer.  Training
+    stays in the thread that it is in without this, whose number of torch threads, child processes
+    and metrics are not another's.
+    """
+    if train is None:
+        return sample()
+    executor = ThreadPoolExecutor(1, thread_name_prefix="evaluation")
+    try:
+        sampling = executor.submit(sample)
+        train()
+        return sampling.result()
+    finally:
+        executor.shutdown(wait=False)  # an error or Ctrl-C is not to wait for rollouts
 
 
 def evaluate_checkpoint(

@@ -8,13 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rllib_gtpo.at_k import (
-    compute_at_k,
-    compute_interval,
-    compute_majority,
-    compute_pass_at_k,
-    compute_wilson,
-)
+from rllib_gtpo.at_k import compute_at_k, compute_majority, compute_pass_at_k
+from rllib_gtpo.intervals import compute_interval, compute_wilson
 from rllib_gtpo.types import Group, Trajectory
 
 

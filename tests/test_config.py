@@ -104,12 +104,6 @@ class TestRefusals:
             valid(GTPOConfig().rewards(format_penalty=-0.1))
 
     def test_evaluation(self):
-        with pytest.raises(ConfigError, match="between iterations"):
-            valid(
-                GTPOConfig().evaluation(
-                    evaluation_parallel_to_training=True, evaluation_num_env_runners=1
-                )
-            )
         with pytest.raises(ConfigError, match="number of episodes"):
             valid(GTPOConfig().evaluation(evaluation_duration_unit="timesteps"))
 

@@ -9,16 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from release.learning.intervals import area, difference, mean_interval, relative_gain, sign_flip_p
 from release.learning.study import Study
 from release.learning.training import record_of
 from release.results import markdown
+from rllib_gtpo.intervals import difference, mean_interval, relative_gain, sign_flip_p
 
 METRICS = ("final", "area")
 TURNS = 7  # in the table of advantages by turn; few rollouts have more
 _LABEL = {"final": "final accuracy", "area": "area under the curve"}
 
 Values = dict[str, dict[str, dict[int, dict[str, Any]]]]  # task -> arm -> seed -> metric
+
+
+def area(tokens: Sequence[float], values: Sequence[float], budget: float) -> float:
+    """Mean height of the curve over [0, budget] tokens (trapezoids; flat beyond its last point)."""
+    inside = [t for t in tokens if t < budget]
+    grid = [*inside, budget]
+    heights = np.interp(grid, tokens, values)
+    return float(np.trapezoid(heights, grid) / budget)
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, Any]:

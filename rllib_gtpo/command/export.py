@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rllib_gtpo.command.directory import RunDirectory
+from rllib_gtpo.command.checkpoint import find_checkpoint, load_config
 from rllib_gtpo.command.reading import reading
 from rllib_gtpo.errors import ConfigError, GTPOError
 from rllib_gtpo.lora import BASE_MARK, adapter_files, merge
@@ -95,7 +95,7 @@ def export(
         raise ConfigError(f"{target} exists: remove it, or name another directory.")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}.")
-    checkpoint = _checkpoint(source)
+    checkpoint = find_checkpoint(source)
     config = _config(checkpoint)
     if adapter and config.lora is None:
         raise ConfigError(f"{checkpoint} was trained without lora: leave --adapter out.")
@@ -121,29 +121,12 @@ def export(
     return done
 
 
-def _checkpoint(source: Path) -> Path:
-    """A checkpoint itself, or the last one of a run."""
-    if not source.is_dir():
-        raise ConfigError(f"{source}: no such directory.")
-    if (source / "rllib_checkpoint.json").is_file():
-        return source
-    _, found = RunDirectory.open(source)
-    if found is None:
-        raise ConfigError(f"{source} is a sweep: name one of the checkpoints of its trials.")
-    return found.path
-
-
 def _config(checkpoint: Path) -> Any:
-    from ray import cloudpickle
-    from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
-
     from rllib_gtpo.config import GTPOConfig
 
-    with reading(checkpoint), (checkpoint / "class_and_ctor_args.pkl").open("rb") as file:
-        made = cloudpickle.load(file)
-    config = AlgorithmConfig.from_state(made["ctor_args_and_kwargs"][0][0])
+    config = load_config(checkpoint)
     if not isinstance(config, GTPOConfig):
-        name = made["class"].__name__
+        name = config.algo_class.__name__
         raise ConfigError(f"{checkpoint} is a checkpoint of {name}, which has no language model.")
     return config
 

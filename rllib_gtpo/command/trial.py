@@ -98,7 +98,7 @@ class Trial:
         return self.stopper.code or FAILURE if stopped else OK
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
-        with _logdir(self.run.path), nullcontext() if self.options.debug else building():
+        with logdir_in(self.run.path), nullcontext() if self.options.debug else building():
             self.algo = self.experiment.config.build_algo()
         if hasattr(self.algo, "run_directory"):
             self.algo.run_directory = str(self.run.path.absolute())
@@ -251,7 +251,7 @@ def _first(metrics: Mapping[str, float], *keys: str) -> float | None:
 
 
 @contextmanager
-def _logdir(directory: Path) -> Iterator[None]:
+def logdir_in(directory: Path) -> Iterator[None]:
     """Keeps RLlib from leaving an empty directory in ~/ray_results for each algorithm it builds."""
     from ray.tune.trainable import trainable
 

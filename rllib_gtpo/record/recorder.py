@@ -64,11 +64,7 @@ class Recorder:
         if not settings.share:
             return None
 
-        def load_decoder() -> Callable[[int], str]:
-            tokenizer = config.load_tokenizer()
-            return cache(lambda token: str(tokenizer.decode([token])))
-
-        return cls(settings, _about(config), load_decoder)
+        return cls(settings, record_header(config), lambda: token_decoder(config))
 
     def record(
         self,
@@ -158,7 +154,14 @@ class Recorder:
         return location
 
 
-def _about(config: Any) -> dict[str, Any]:
+def token_decoder(config: Any) -> Callable[[int], str]:
+    """The function from a token of a GTPOConfig's tokenizer to its text."""
+    tokenizer = config.load_tokenizer()
+    return cache(lambda token: str(tokenizer.decode([token])))
+
+
+def record_header(config: Any) -> dict[str, Any]:
+    """What each file of a record says of its run."""
     return {
         "version": VERSION,
         "package": metadata.version("rllib-gtpo"),

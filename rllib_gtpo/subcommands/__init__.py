@@ -6,10 +6,11 @@ Nothing here imports Ray or torch before a command runs, so that `rllib --help` 
 
 from __future__ import annotations
 
-from rllib_gtpo.subcommands import convert, example, export, plan, report, train
+from rllib_gtpo.subcommands import convert, evaluate, example, export, plan, report, train
 
 IN_ORDER_OF_HELP = (
     train,
+    evaluate,
     example,
     convert,
     export,

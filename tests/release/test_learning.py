@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from release.learning import blame, intervals, leakage, oracles, study, tables, training
-from release.learning.intervals import area, difference, relative_gain, sign_flip_p
+from release.learning import blame, leakage, oracles, study, tables, training
 from release.learning.run import main
+from release.learning.tables import area
 from release.results import renewed
 from rllib_gtpo.rewards.embedders import build_embedder
 from rllib_gtpo.rewards.shaping import Shaping
@@ -27,52 +27,6 @@ PINNED = {
     "repair": "c6ba6deea7bc3b34",
     "short_chain": "6390241e1330122a",
 }
-
-
-class TestIntervals:
-    def test_a_constant_gap_has_no_width(self):
-        gap = difference([[0.5, 0.7, 0.9]], [[0.4, 0.6, 0.8]])
-        assert (gap.estimate, gap.low, gap.high) == pytest.approx((0.1, 0.1, 0.1))
-        assert gap.clears_zero
-
-    def test_pairing_removes_what_seeds_share(self):
-        """Unpaired, these spread by 0.8; paired, by nothing."""
-        assert difference([[0.1, 0.9]], [[0.0, 0.8]]).low == pytest.approx(0.1)
-
-    def test_two_pairs_by_hand(self):
-        """Resampled mean gaps of {0, 0.2} are 0, 0.1, 0.1 and 0.2."""
-        gap = difference([[0.0, 0.2]], [[0.0, 0.0]])
-        assert (gap.estimate, gap.low, gap.high) == pytest.approx((0.1, 0.0, 0.2))
-        assert not gap.clears_zero
-
-    def test_tasks_weigh_the_same_whatever_their_seeds(self):
-        gap = difference([[1.0, 1.0], [0.0, 0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0, 0.0]])
-        assert gap.estimate == pytest.approx(0.5)
-
-    def test_relative_gain_is_of_the_means(self):
-        gain = relative_gain([[0.6, 0.6]], [[0.4, 0.6]])
-        assert gain.estimate == pytest.approx(0.2)
-        assert (gain.low, gain.high) == pytest.approx((0.0, 0.5))
-
-    def test_one_seed_has_no_interval(self):
-        with pytest.raises(ValueError, match="two seeds"):
-            difference([[1.0]], [[0.0]])
-
-    @pytest.mark.parametrize(
-        ("gaps", "p"), [([1, 1, 1], 0.25), ([1, 1, 1, 1, 1], 0.0625), ([1, -1], 1.0), ([3, -1], 1)]
-    )
-    def test_sign_flips_by_hand(self, gaps, p):
-        assert sign_flip_p(gaps) == pytest.approx(p)
-
-    def test_coverage_is_near_its_level(self):
-        """With 20 pairs; with five it is lower, which is why p is shown beside it."""
-        rng = np.random.default_rng(0)
-        hits = 0
-        for _ in range(200):
-            ours, theirs = rng.normal(0.1, 1, 20), rng.normal(0, 1, 20)
-            gap = intervals.paired_bootstrap([ours], [theirs], lambda a, b: a - b, resamples=400)
-            hits += gap.low <= 0.1 <= gap.high
-        assert 0.87 <= hits / 200 <= 0.99
 
 
 class TestArea:

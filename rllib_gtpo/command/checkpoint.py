@@ -1,0 +1,52 @@
+"""A checkpoint by the name that people give it, and the configuration that it holds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rllib_gtpo.command.directory import RunDirectory
+from rllib_gtpo.command.reading import reading
+from rllib_gtpo.errors import ConfigError
+
+_MARK = "rllib_checkpoint.json"  # RLlib writes it into every checkpoint
+
+
+def find_checkpoint(source: Path) -> Path:
+    """A checkpoint itself, or the last one of a run.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not source.is_dir():
+        raise ConfigError(f"{source}: no such directory.")
+    if (source / _MARK).is_file():
+        return source
+    _, found = RunDirectory.open(source)
+    if found is None:
+        raise ConfigError(f"{source} is a sweep: name one of the checkpoints of its trials.")
+    return found.path
+
+
+def load_config(checkpoint: Path, beside: Path | None = None) -> Any:
+    """The AlgorithmConfig that a checkpoint was trained with.
+
+    Args:
+        checkpoint: Its directory.
+        beside: The file of its run, whose folder may hold modules that it imported.
+
+    Raises:
+        ConfigError: It is not complete, or needs modules that cannot be imported here.
+    """
+    from ray import cloudpickle
+    from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+
+    if beside is not None and str(beside.parent) not in sys.path:
+        sys.path.insert(0, str(beside.parent))
+    with reading(checkpoint), (checkpoint / "class_and_ctor_args.pkl").open("rb") as file:
+        made = cloudpickle.load(file)
+    config = AlgorithmConfig.from_state(made["ctor_args_and_kwargs"][0][0])
+    vars(config).pop("class", None)  # a state's own entry, which no config has
+    config.algo_class = made["class"]  # it may be of the experiment's own file
+    return config

@@ -1,0 +1,141 @@
+"""Evaluation while training goes on: that it does, of which weights, and what does not go."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from ray.rllib.callbacks.callbacks import RLlibCallback
+
+from rllib_gtpo import GTPOConfig
+from rllib_gtpo.cli import main
+from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.metrics import nested
+from tests.tasks import Adder
+
+
+class Clock(RLlibCallback):
+    """Leaves the time of each end of an episode in the metrics, in evaluation and training."""
+
+    def on_episode_end(self, *, metrics_logger, **kwargs):
+        now = time.time()
+        for name, reduce in (("first_end", "min"), ("last_end", "max")):
+            metrics_logger.log_value(name, now, reduce=reduce, window=10**6)
+
+
+def trained(model, parallel, iterations=3):
+    """The results of each iteration, and what training was behind the last evaluation."""
+    config = (
+        GTPOConfig()
+        .environment(Adder)
+        .language_model(model=model)
+        .rollouts(max_turn_tokens=64)
+        .training(lr=3e-3, group_size=4, groups_per_step=4)
+        .evaluation(
+            evaluation_interval=1,
+            evaluation_num_env_runners=1,
+            evaluation_parallel_to_training=parallel,
+            evaluation_duration=24,
+            samples_per_task=2,
+        )
+        .callbacks(Clock)
+        .reporting(progress=False)
+        .debugging(seed=3, deterministic=True)
+    )
+    algorithm = config.build_algo()
+    results = [algorithm.train() for _ in range(iterations)]
+    evaluated = algorithm._evaluated
+    algorithm.stop()
+    return results, evaluated
+
+
+@pytest.fixture(scope="module")
+def runs(adder_model):
+    """Parallel, and one after the other."""
+    return {parallel: trained(adder_model, parallel) for parallel in (True, False)}
+
+
+def own(evaluation):
+    """Without RLlib's part, in which there are times."""
+    names = ("env_runners", "num_", "actor_manager")
+    return {k: v for k, v in nested(evaluation).items() if not k.startswith(names)}
+
+
+def test_each_evaluation_is_of_the_weights_that_its_iteration_starts_with(runs):
+    """So it is, bit for bit, what a run that evaluates in between says one iteration earlier."""
+    (parallel, evaluated), (serial, _) = runs[True], runs[False]
+    for before, now in zip(serial, parallel[1:], strict=False):
+        assert own(now["evaluation"]) == own(before["evaluation"])
+    versions = [result["evaluation"]["weights"]["version"] for result in parallel]
+    assert versions == [0, 1, 2]
+    accuracies = {str(own(result["evaluation"])) for result in parallel}
+    assert len(accuracies) == 3  # else nothing would tell the weights apart
+    # What training says is the same in both, so the weights are: evaluation changes nothing.
+    for one, other in zip(parallel, serial, strict=True):
+        for name in ("accuracy", "loss", "policy", "reward", "turn", "trajectory"):
+            assert one[name] == other[name], name
+    # The accuracy after training is not taken from an evaluation of older weights.
+    assert evaluated[0][1] < parallel[-1]["tokens"]["sampled_lifetime"]
+
+
+def test_it_overlaps_with_training(runs):
+    """Training's first episodes end before the evaluation's last, and the other way round."""
+    for result in runs[True][0][1:]:
+        training, evaluation = result["env_runners"], result["evaluation"]["env_runners"]
+        assert training["first_end"] < evaluation["last_end"]
+        assert evaluation["first_end"] < training["last_end"] + result["time"]["update_s"]
+    for result in runs[False][0]:
+        training, evaluation = result["env_runners"], result["evaluation"]["env_runners"]
+        assert training["last_end"] < evaluation["first_end"]
+
+
+def test_a_run_with_a_cold_start_shows_it(adder_model, tmp_path, capsys):
+    """By the command: results, events and report have the evaluation of each iteration."""
+    file = tmp_path / "parallel.py"
+    file.write_text(
+        "from rllib_gtpo import GTPOConfig\n"
+        "from tests.tasks import Adder\n"
+        "config = (GTPOConfig().environment(Adder)\n"
+        f"    .language_model(model={adder_model!r}, cold_start={{'steps': 2, 'batch_size': 4}})\n"
+        "    .rollouts(max_turn_tokens=64)\n"
+        "    .training(lr=1e-3, group_size=2, groups_per_step=2)\n"
+        "    .evaluation(evaluation_interval=2, evaluation_num_env_runners=1,\n"
+        "                evaluation_parallel_to_training=True, evaluation_duration=8)\n"
+        "    .reporting(progress=False).debugging(seed=1))\n"
+        "stop = {'training_iteration': 4}\n"
+    )
+    run = tmp_path / "run"
+    assert main(["train", "file", str(file), "--out", str(run)]) == 0
+    rows = [json.loads(line) for line in (run / "result.json").read_text().splitlines()]
+    assert ["evaluation" in row for row in rows] == [False, True, False, True]
+    assert [row["evaluation"]["weights"]["version"] for row in rows[1::2]] == [1, 3]
+    assert main(["report", str(run), "--terminal"]) == 0
+    assert "Held-out accuracy" in capsys.readouterr().out
+    before, after = json.loads((run / "run.json").read_text())["held_out_accuracy"]
+    assert 0 <= before <= 1 and 0 <= after <= 1
+
+
+def own_evaluation(algorithm, runners):
+    return {}, 0, 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.rollouts(engine="vllm"), "engines are those of the training"),
+        (lambda c: c.env_runners(create_local_env_runner=False), "that is restarted gets"),
+        (
+            lambda c: c.evaluation(custom_evaluation_function=own_evaluation),
+            "would not know that it is to train",
+        ),
+        (lambda c: c.evaluation(evaluation_num_env_runners=0), "evaluation_num_env_runners` > 0"),
+    ],
+)
+def test_what_does_not_go_with_it(change, message):
+    config = GTPOConfig().evaluation(
+        evaluation_interval=1, evaluation_num_env_runners=1, evaluation_parallel_to_training=True
+    )
+    config.validate()
+    with pytest.raises((ConfigError, ValueError), match=message):
+        change(config).validate()
