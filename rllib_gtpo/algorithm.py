@@ -195,6 +195,8 @@ class GTPO(Algorithm):
         finally:
             self.train_meanwhile = None
         results, context = trained[0]
+        timers = results["timers"]  # that of the evaluation had no value yet
+        results["timers"] = {name: value for name, value in timers.items() if value == value}
         return results, evaluated, context
 
     def training_step(self) -> None:
@@ -434,6 +436,11 @@ class GTPO(Algorithm):
         """RLlib's evaluation, after the cold start."""
         self.run_cold_start_once()
         before = self.progress_made.training_done
+        if self.eval_env_runner_group is not None:
+            # RLlib sends no weights to a runner that has not yet confirmed the ones before.
+            self.eval_env_runner_group.fetch_ready_async_reqs(
+                tags="set_state", timeout_seconds=None
+            )
         results = super().evaluate(parallel_train_future)
         self._evaluated = (before, float(results["accuracy"]))
         return results

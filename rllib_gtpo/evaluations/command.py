@@ -14,7 +14,6 @@ from typing import Any
 
 from rllib_gtpo.command.interrupts import SIGTERM_EXIT
 from rllib_gtpo.command.ray_session import check_resources, ray_session
-from rllib_gtpo.report.terminal import open_console
 from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.evaluations.comparison import AVERAGE, compare, differing_settings, metric_of
 from rllib_gtpo.evaluations.policy import Policy
@@ -28,6 +27,7 @@ from rllib_gtpo.evaluations.show import (
     print_results,
 )
 from rllib_gtpo.record.location import Location
+from rllib_gtpo.report.terminal import open_console
 
 
 @dataclass
@@ -41,6 +41,7 @@ class EvaluateOptions:
     record: bool = False
     as_json: bool = False
     num_cpus: int | None = None
+    num_gpus: int | None = None
     ray_address: str | None = None
     debug: bool = False
 

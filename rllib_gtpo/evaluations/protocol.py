@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -87,6 +88,8 @@ def evaluation_settings(policy: Policy, protocol: Protocol) -> Any:
     )
     apply_overrides(settings, protocol.overrides)
     check_env(settings, "--env: ")
+    if policy.is_language_model:
+        settings.environment(_class_named(settings.env))
     if protocol.num_env_runners is not None:
         settings.evaluation(evaluation_num_env_runners=protocol.num_env_runners)
     if policy.is_language_model:
@@ -105,6 +108,14 @@ def recorded_settings(settings: Any, protocol: Protocol) -> dict[str, Any]:
         "seed": settings.seed or 0,
         **{name: getattr(settings, name) for name in _RECORDED},
     }
+
+
+def _class_named(env: Any) -> Any:
+    """The class of "MODULE.CLASS", to which RLlib would give env_config as keywords."""
+    if not isinstance(env, str) or "." not in env or ":" in env:
+        return env
+    module, _, name = env.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _leave_training_out(settings: Any) -> None:

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rllib_gtpo.report.terminal import plain
 from rllib_gtpo.evaluations.comparison import Comparison
 from rllib_gtpo.evaluations.results import Results, summarise
+from rllib_gtpo.report.terminal import plain
 
 _MEANS = {
     "reward": "reward",
@@ -29,14 +29,16 @@ def print_results(console: Console, results: Results) -> None:
     for split in results.splits:
         rows = results.of(split)
         numbers = summarise(rows)
-        table = Table(
-            title=Text(
-                f"{plain(about.get('source'))} on {plain(split)}: {len(rows)} tasks, "
-                f"{results.samples} samples each, temperature {settings.get('temperature')}"
+        tasks = "1 task" if len(rows) == 1 else f"{len(rows)} tasks"
+        samples = "1 sample" if results.samples == 1 else f"{results.samples} samples"
+        console.print(
+            Text(
+                f"{plain(about.get('source'))} on {plain(split)}: {tasks}, {samples} each, "
+                f"temperature {settings.get('temperature')}"
             ),
-            title_justify="left",
-            box=SIMPLE_HEAD,
+            soft_wrap=True,
         )
+        table = Table(box=SIMPLE_HEAD)
         _columns(table, "", "mean", "95% interval")
         for name in numbers:
             if "@" in name and not name.endswith(("_low", "_high")):
@@ -49,14 +51,17 @@ def print_results(console: Console, results: Results) -> None:
         reasons = {k.removeprefix("stop/"): v for k, v in numbers.items() if k.startswith("stop/")}
         ended = sorted(reasons.items(), key=lambda item: -item[1])
         console.print(
-            Text("ended by: " + ", ".join(f"{plain(name)} {share:.1%}" for name, share in ended))
+            Text("ended by: " + ", ".join(f"{plain(name)} {share:.1%}" for name, share in ended)),
+            soft_wrap=True,
         )
 
 
 def print_episodes(console: Console, source: str, numbers: Mapping[str, float]) -> None:
     """What RLlib's own evaluation says."""
-    title = Text(f"{plain(source)}: {numbers.get('num_episodes', 0):.0f} episodes")
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    console.print(
+        Text(f"{plain(source)}: {numbers.get('num_episodes', 0):.0f} episodes"), soft_wrap=True
+    )
+    table = Table(box=SIMPLE_HEAD)
     _columns(table, "", "value")
     for name, value in numbers.items():
         if name.startswith("episode_"):
@@ -76,13 +81,14 @@ def print_comparison(
             f"{c.metric} on {plain(c.split)}, {c.tasks} tasks: A {c.ours:.3f}, B {c.theirs:.3f}, "
             f"A - B {c.difference}, p {_p(c.p)}\n"
             f"A is better on {c.better} tasks, worse on {c.worse}, equal on {c.equal}"
-        )
+        ),
+        soft_wrap=True,
     )
     if not c.changed:
         return
     shown = c.changed[:_CHANGED]
-    title = Text(f"Tasks that changed most ({len(shown)} of {len(c.changed)})")
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    console.print(Text(f"tasks that changed most ({len(shown)} of {len(c.changed)}):"))
+    table = Table(box=SIMPLE_HEAD)
     _columns(table, "task", "A", "B")
     table.add_column("prompt", no_wrap=True, overflow="ellipsis")
     for change in shown:

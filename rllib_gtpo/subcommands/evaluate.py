@@ -8,7 +8,9 @@ from rllib_gtpo.subcommands.options import (
     Commands,
     add_command,
     add_override,
+    add_session,
     count,
+    session_options,
     spin_briefly,
 )
 
@@ -71,9 +73,7 @@ def add_to(commands: Commands) -> None:
     add("--record", action="store_true", help="also write whole rollouts; see docs/record.md")
     add("--json", action="store_true", help="print JSON")
     add("--num-env-runners", type=count, metavar="N", help="default: as the run's; 0: in process")
-    add("--num-cpus", type=count, metavar="N", help="CPUs that Ray may count on (default: all)")
-    add("--ray-address", metavar="ADDRESS", help="connect to a running Ray cluster")
-    add("--debug", action="store_true", help="show all messages, and tracebacks of bad input")
+    add_session(parser)
     parser.set_defaults(run=_evaluate)
 
 
@@ -103,9 +103,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         out=args.out,
         record=args.record,
         as_json=args.json,
-        num_cpus=args.num_cpus,
-        ray_address=args.ray_address,
-        debug=args.debug,
+        **session_options(args),
     )
     return evaluate(args.source, options)
 

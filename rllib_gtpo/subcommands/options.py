@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rllib_gtpo.errors import did_you_mean
+from rllib_gtpo.errors import ConfigError, did_you_mean
 
 EXIT_CODES = """\
 exit codes:
@@ -67,6 +67,29 @@ def add_override(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change a setting, also a nested one: env_config.max_ops=4 (repeatable)",
     )
+
+
+def add_session(parser: argparse.ArgumentParser) -> None:
+    """Where a command that computes has its Ray, and what it shows; see `session_options`."""
+    add = parser.add_argument
+    add("--num-cpus", type=count, metavar="N", help="CPUs that Ray may count on (default: all)")
+    add("--num-gpus", type=count, metavar="N", help="GPUs that Ray may count on (default: all)")
+    add("--ray-address", metavar="ADDRESS", help="connect to a running Ray cluster")
+    add("--debug", action="store_true", help="show all messages, and tracebacks of bad input")
+
+
+def session_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_session`, by the names of `ray_session.SessionOptions`.
+
+    Raises:
+        ConfigError: They contradict each other.
+    """
+    if args.ray_address and (args.num_cpus is not None or args.num_gpus is not None):
+        raise ConfigError(
+            "--num-cpus and --num-gpus are of a Ray that is started here: leave out "
+            "them or --ray-address"
+        )
+    return {name: getattr(args, name) for name in ("num_cpus", "num_gpus", "ray_address", "debug")}
 
 
 def add_paths(parser: argparse.ArgumentParser, source: str, target: str) -> None:

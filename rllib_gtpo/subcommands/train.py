@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from rllib_gtpo.errors import ConfigError
-from rllib_gtpo.subcommands.options import Commands, add_command, add_override, count, spin_briefly
+from rllib_gtpo.subcommands.options import (
+    Commands,
+    add_command,
+    add_override,
+    add_session,
+    count,
+    session_options,
+    spin_briefly,
+)
 
 _NAMED = "--algo NAME"  # of the parser that has no word of its own
 EXAMPLES = """\
@@ -119,10 +127,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--keep", type=count, default=2, metavar="N", help="checkpoints to keep (default: 2)")
     add("--out", type=Path, metavar="DIR", help="run directory (default: runs/NAME_DATE-TIME)")
-    add("--num-cpus", type=count, metavar="N", help="CPUs that Ray may count on (default: all)")
-    add("--num-gpus", type=count, metavar="N", help="GPUs that Ray may count on (default: all)")
-    add("--ray-address", metavar="ADDRESS", help="connect to a running Ray cluster")
-    add("--debug", action="store_true", help="show all messages, and tracebacks of bad input")
+    add_session(parser)
 
 
 def train(source: Any, args: argparse.Namespace, config: Sequence[str] = ()) -> int:
@@ -132,11 +137,7 @@ def train(source: Any, args: argparse.Namespace, config: Sequence[str] = ()) -> 
 
     if args.all and not args.dry_run:
         raise ConfigError("--all says how much --dry-run shows: add --dry-run, or leave it out")
-    if args.ray_address and (args.num_cpus is not None or args.num_gpus is not None):
-        raise ConfigError(
-            "--num-cpus and --num-gpus are of a Ray that is started here: leave out "
-            "them or --ray-address"
-        )
+    session = session_options(args)
     options = run.RunOptions(
         stop=args.stop,
         config=list(config),
@@ -145,10 +146,7 @@ def train(source: Any, args: argparse.Namespace, config: Sequence[str] = ()) -> 
         checkpoint_freq=args.checkpoint_freq,
         keep=args.keep,
         out=args.out,
-        num_cpus=args.num_cpus,
-        num_gpus=args.num_gpus,
-        ray_address=args.ray_address,
-        debug=args.debug,
+        **session,
         dry_run=args.dry_run,
         show_all=args.all,
     )

@@ -165,7 +165,7 @@ def test_a_file_that_has_changed_is_told(run, capsys):
         file.unlink()
     told = capsys.readouterr()
     assert "sums.py has changed since the run" in told.err
-    assert "1 tasks, 4 samples each" in told.out
+    assert "1 task, 4 samples each" in told.out
 
 
 def test_another_algorithm_is_evaluated_on_episodes(ray_session, capsys, tmp_path):

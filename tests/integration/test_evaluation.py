@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from rllib_gtpo import GTPOConfig
@@ -77,6 +79,17 @@ def test_remote_runners_give_the_same(config):
     remote = evaluated(config(["validation", "hard"], evaluation_num_env_runners=2))
     for name in ("accuracy", "avg@4", "maj@4", "pass@2", "tasks"):
         assert remote["split"]["validation"][name] == local["split"]["validation"][name]
+
+
+def test_a_runner_that_is_behind_is_not_evaluated_with_old_weights(config):
+    """RLlib gives a runner that has not confirmed its last weights no new ones, silently."""
+    algorithm = config("validation", evaluation_num_env_runners=1).build_algo()
+    algorithm.eval_env_runner_group.foreach_env_runner_async_fetch_ready(
+        lambda runner: time.sleep(2), tag="set_state"
+    )
+    result = algorithm.train()
+    algorithm.stop()
+    assert result["evaluation"]["weights"]["version"] == 1
 
 
 def test_the_environment_says_which_answers_are_the_same(config, monkeypatch):
