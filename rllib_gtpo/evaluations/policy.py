@@ -12,6 +12,7 @@ from typing import Any
 
 from rllib_gtpo.command.checkpoint import find_checkpoint, load_config
 from rllib_gtpo.command.directory import RunRecord, file_hash
+from rllib_gtpo.command.reading import reading
 from rllib_gtpo.errors import ConfigError
 
 MODULE = Path("learner_group", "learner", "rl_module")
@@ -91,7 +92,7 @@ def restore(algorithm: Any, policy: Policy) -> None:
     Raises:
         ConfigError: The checkpoint lacks them, or they are another model's.
     """
-    try:
+    with reading(policy.checkpoint):
         if not policy.is_language_model:
             algorithm.restore_from_path(str(policy.checkpoint.absolute()))
             return
@@ -100,15 +101,11 @@ def restore(algorithm: Any, policy: Policy) -> None:
 
         weights = policy.checkpoint.absolute() / MODULE
         if not weights.is_dir():
-            raise FileNotFoundError(f"it has no {MODULE}")
+            raise FileNotFoundError(f"there is no {MODULE}")
         own = call_learners(algorithm.learner_group, "weight_shapes")[0]
         check_shapes(str(policy.checkpoint.absolute()), None, own)
         algorithm.restore_from_path(str(weights), component=str(MODULE))
         algorithm.progress_made.cold_start_done = True
-    except (OSError, EOFError) as error:
-        raise ConfigError(
-            f"{policy.checkpoint} is not complete: {error}. Evaluate another checkpoint of the run."
-        ) from error
 
 
 def _record(path: Path) -> RunRecord | None:

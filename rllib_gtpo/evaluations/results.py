@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rllib_gtpo.at_k import SameAnswer, TaskScore, mean_scores, score_task
+from rllib_gtpo.encodable import encodable
 from rllib_gtpo.env import task_id
 from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.intervals import compute_bootstrap
 from rllib_gtpo.record.location import Location
-from rllib_gtpo.record.table import encodable
 from rllib_gtpo.types import Group, Message, ToolError
 
 VERSION = 1
@@ -78,11 +78,7 @@ class Results:
         """Writes NAME.parquet, which appears when it is complete; its address."""
         about = {"version": VERSION, "package": metadata.version("rllib-gtpo"), **self.about}
         header = {METADATA: json.dumps(about, default=str).encode()}
-        schema = SCHEMA.with_metadata(header)
-        try:
-            table = pa.Table.from_pylist(self.rows, schema=schema)
-        except UnicodeEncodeError:  # lone surrogates, of a tool that made text out of bytes
-            table = pa.Table.from_pylist(encodable(self.rows), schema=schema)
+        table = pa.Table.from_pylist(self.rows, schema=SCHEMA.with_metadata(header))
         place.make()
         place.write(table, name + SUFFIX)
         return (place / (name + SUFFIX)).address
@@ -168,7 +164,7 @@ def _row(split: str, group: Group, prompt: str, score: TaskScore) -> dict[str, A
         "split": split,
         "position": group.id,
         "task_id": task_id(group.task),
-        "prompt": prompt,
+        "prompt": encodable(prompt),
         "samples": score.samples,
         "correct": score.correct,
         "avg": score.average,
@@ -180,7 +176,7 @@ def _row(split: str, group: Group, prompt: str, score: TaskScore) -> dict[str, A
         "tool_calls": sum(error is not ToolError.INVALID for error in errors),
         "tool_errors": sum(error in (ToolError.RAISED, ToolError.TIMEOUT) for error in errors),
         "invalid_turns": sum(turn.invalid for turn in turns),
-        "answers": [None if t.answer is None else str(t.answer) for t in members],
+        "answers": [None if t.answer is None else encodable(str(t.answer)) for t in members],
         "solved": [bool(t.correct) for t in members],
         "stop_reasons": [t.stop_reason.value if t.stop_reason else "" for t in members],
     }

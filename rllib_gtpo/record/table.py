@@ -55,16 +55,16 @@ def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
     try:
         return pa.array(values, kind)
     except UnicodeEncodeError:  # lone surrogates, of a tool that made text out of bytes
-        return pa.array(encodable(values), kind)
+        return pa.array(_encodable(values), kind)
 
 
-def encodable(value: Any) -> Any:
+def _encodable(value: Any) -> Any:
     """The value with escapes in the place of what UTF-8 does not have."""
     if isinstance(value, str):
         return encodable(value)
     if isinstance(value, dict):
-        return {key: encodable(each) for key, each in value.items()}
-    return [encodable(each) for each in value] if isinstance(value, list) else value
+        return {key: _encodable(each) for key, each in value.items()}
+    return [_encodable(each) for each in value] if isinstance(value, list) else value
 
 
 def _row(one: Recorded, iteration: int, split: str) -> dict[str, Any]:
