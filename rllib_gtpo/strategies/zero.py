@@ -17,6 +17,7 @@ from rllib_gtpo.errors import ConfigError, GTPOError
 from rllib_gtpo.strategies.base import State, Strategy, named_tensors, own_group
 
 _TAG = "learners"
+_BUCKET = 500_000_000  # elements; DeepSpeed's default
 
 
 class ZeRO(Strategy):
@@ -56,7 +57,13 @@ class ZeRO(Strategy):
         """See Strategy."""
         import deepspeed
 
-        zero: dict[str, Any] = {"stage": self.chosen["stage"]}
+        # DeepSpeed takes whole buckets of 2 GB, and touches them at each step, for any small model.
+        bucket = min(_BUCKET, sum(p.numel() for p in module.parameters()))
+        zero: dict[str, Any] = {
+            "stage": self.chosen["stage"],
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        }
         if self.chosen["offload"]:
             zero["offload_optimizer"] = {"device": "cpu"}
             if self.chosen["stage"] == 3:

@@ -16,6 +16,7 @@ from rllib_gtpo.packing import NOT_TRAINED, TokenSequence
 from tests.integration.test_learners import SPACES, config, episodes, weights  # noqa: F401
 from tests.integration.test_strategies import STRATEGIES, train, uneven  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("kept_learners")
 LORA = {"rank": 4, "alpha": 16}
 UPDATES = 4
 SMALL = json.dumps(
@@ -148,7 +149,7 @@ def test_bfloat16_base_and_float32_adapter(adder_model, uneven, strategy):  # no
     """Small updates would be lost in bfloat16 weights; the base stays in it."""
     ends = []
     for learners in (0, 2):
-        setup = lora_config(adder_model, learners).language_model(dtype="bfloat16")
+        setup = lora_config(adder_model, learners, "sgd").language_model(dtype="bfloat16")
         if learners:
             setup.learners(strategy=strategy)
         group = make_group(setup)
@@ -160,7 +161,7 @@ def test_bfloat16_base_and_float32_adapter(adder_model, uneven, strategy):  # no
         ends.append(weights(group))
         group.shutdown()
     assert changes(start, ends[0]) > 1e-3
-    assert changes(*ends) < 0.5 * changes(start, ends[0])
+    assert changes(*ends) < 0.2 * changes(start, ends[0])
 
 
 # Runs: what moves, what is saved, what is refused.

@@ -13,6 +13,7 @@ from rllib_gtpo.episodes import trajectory_of
 from rllib_gtpo.errors import ConfigError
 from tests.integration.test_learners import SPACES, config, episodes, weights  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("kept_learners")
 LEARNERS = pytest.mark.deepspeed  # where that package is, all strategies are tried side by side
 STRATEGIES = [
     pytest.param({"strategy": "ddp"}, id="ddp"),
