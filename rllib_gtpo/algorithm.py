@@ -31,7 +31,12 @@ from rllib_gtpo.engines.vllm.settings import SHARED_MEMORY
 from rllib_gtpo.episodes import trajectory_of
 from rllib_gtpo.errors import Interrupted
 from rllib_gtpo.group_rollout import GroupJob
-from rllib_gtpo.metrics import rollout_metrics, staleness_metrics, straggler_metrics
+from rllib_gtpo.metrics import (
+    fault_metrics,
+    rollout_metrics,
+    staleness_metrics,
+    straggler_metrics,
+)
 from rllib_gtpo.packing import shard_groups
 from rllib_gtpo.placement import (
     DROP_WEIGHTS,
@@ -95,6 +100,8 @@ class GTPO(Algorithm):
         self.progress_made = ProgressMade()
         self._demonstrations: Demonstrations | None = None
         self._stop_requested = False
+        self._evaluation_left = False  # in the middle
+        self.pause_every_s = 0.0  # of a cold start that is run by a hook
         self._credit_rule = config.build_credit_rule()
         self._evaluated: tuple[tuple[int, int], float] | None = None  # training done, accuracy
         self.train_meanwhile: Callable[[], None] | None = None  # while an evaluation samples
@@ -178,12 +185,15 @@ class GTPO(Algorithm):
 
     def step(self) -> Any:
         """RLlib's, without an evaluation's metrics where there was no evaluation."""
-        results = super().step()
-        if not (
-            self.config.evaluation_interval
-            and (self.iteration + 1) % self.config.evaluation_interval == 0
-        ):
+        try:
+            results = super().step()
+        except Interrupted:
+            self._stop_requested = False
+            raise
+        due = self.config.evaluation_interval
+        if self._evaluation_left or not due or (self.iteration + 1) % due:
             results.pop(EVALUATION_RESULTS, None)
+        self._evaluation_left = False
         return results
 
     def _run_one_training_iteration_and_evaluation_in_parallel(self) -> Any:
@@ -222,6 +232,7 @@ class GTPO(Algorithm):
                 "group/skipped": float(len(step.skipped)),
                 "group/incomplete": float(len(step.incomplete)),
                 "group/lost_and_resampled": float(step.lost_groups),
+                **fault_metrics(step.groups, step.left_out, step.lost_runners),
                 "trajectory/discarded": float(len(step.discarded)),
                 **straggler_metrics(step.dropped),
                 **staleness_metrics(step.groups, step.weights_version),
@@ -239,17 +250,28 @@ class GTPO(Algorithm):
         )
 
     def _sample_step(self) -> Step:
-        """The next `groups_per_step` usable groups, and more if some are not to be trained on."""
+        """The next `groups_per_step` usable groups, and more if some are not to be trained on.
+
+        A step that is left in the middle leaves no trace: its tasks come again.
+        """
+        made = self.progress_made
+        before = made.next_position, made.owed_positions
         wanted = self.config.groups_per_step
         total = wanted * self.config.group_size
-        with Progress("rollouts", total, enabled=self.config.progress) as bar:
-            progress = RolloutProgress(bar, wanted)
-            return sample_step(
-                lambda count: self._sample_next(count, progress),
-                wanted=wanted,
-                budget=self.config.resample_groups,
-                keeps=self._credit_rule.keeps,
-            )
+        try:
+            with Progress("rollouts", total, enabled=self.config.progress) as bar:
+                progress = RolloutProgress(bar, wanted)
+                step = sample_step(
+                    lambda count: self._sample_next(count, progress),
+                    wanted=wanted,
+                    budget=self.config.resample_groups,
+                    keeps=self._credit_rule.keeps,
+                )
+        except Interrupted:
+            made.next_position, made.owed_positions = before
+            raise
+        self.metrics.aggregate(step.runner_metrics, key=ENV_RUNNER_RESULTS)
+        return step
 
     def _sample_next(self, count: int, progress: RolloutProgress) -> Sampled:
         """The next `count` groups: first those that were dropped before, then new ones."""
@@ -270,10 +292,10 @@ class GTPO(Algorithm):
             wanted=count,
             restore=lambda: self.restore_env_runners(self.env_runner_group),
             on_progress=progress.show if self.config.progress else None,
+            stop=self.stop_requested,
         )
-        made.owed_positions = [p for p in made.owed_positions if p not in chosen]
-        made.owed_positions += sorted(sampled.dropped)
-        self.metrics.aggregate(sampled.runner_metrics, key=ENV_RUNNER_RESULTS)
+        owed = [p for p in made.owed_positions if p not in chosen]
+        made.owed_positions = owed + sorted(sampled.dropped)
         return sampled
 
     def _update_learners(self, step: Step) -> None:
@@ -387,6 +409,11 @@ class GTPO(Algorithm):
 
         self._learners_turn()
         began = time.perf_counter()
+
+        def stop() -> bool:
+            pause = self.pause_every_s and time.perf_counter() - began > self.pause_every_s
+            return bool(pause) or self._stop_requested
+
         with Progress(
             "cold start", start.steps, start=made.cold_start.steps, enabled=self.config.progress
         ) as bar:
@@ -398,7 +425,7 @@ class GTPO(Algorithm):
                     made.cold_start,
                     start.steps,
                     progress=bar,
-                    stop=self.stop_requested,
+                    stop=stop,
                 )
             except Interrupted:
                 self._stop_requested = False
@@ -445,6 +472,14 @@ class GTPO(Algorithm):
         self._evaluated = (before, float(results["accuracy"]))
         return results
 
+    def _run_one_evaluation(self, parallel_train_future: Any = None) -> Any:
+        """RLlib's; nothing if a stop is asked for meanwhile, as the iteration has been trained."""
+        try:
+            return super()._run_one_evaluation(parallel_train_future)
+        except Interrupted:
+            self._evaluation_left = True
+            return {}
+
     def _held_out_accuracy_now(self) -> float:
         """The accuracy of the current weights; measured only if that has not just been done."""
         if self._evaluated is None or self._evaluated[0] != self.progress_made.training_done:
@@ -455,8 +490,8 @@ class GTPO(Algorithm):
     # Hooks of the run loop.
 
     def request_stop(self) -> None:
-        """Asks for an end at the next safe point: between cold-start steps, or after the
-        iteration."""
+        """Asks for an end at the next safe point: between cold-start steps, in the middle of
+        rollouts, of which nothing is kept, or after an update."""
         self._stop_requested = True
 
     def stop_requested(self) -> bool:

@@ -37,6 +37,7 @@ from rllib_gtpo.episodes import attach_trajectory
 from rllib_gtpo.errors import EnvironmentFault, GTPOError
 from rllib_gtpo.group_rollout import GroupJob, GroupScheduler, Rollouts
 from rllib_gtpo.group_scoring import GroupScorer
+from rllib_gtpo.interruption import Stop
 from rllib_gtpo.models import check_vocabulary
 from rllib_gtpo.rl_module import RemoteModule
 from rllib_gtpo.rollout import Rollout
@@ -100,6 +101,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
         wanted: int | None = None,
         on_progress: Callable[[Tally], None] | None = None,
         on_group: Callable[[list[SingleAgentEpisode]], None] | None = None,
+        stop: Stop = lambda: False,
     ) -> Rollouts:
         """Rolls out the groups; returns when the last one is finished and scored.
 
@@ -114,6 +116,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
             on_progress: Called whenever a trajectory or a group ends.
             on_group: Takes the episodes of each group when it is finished and scored, in the order
                 of their ends; then none are returned.
+            stop: Asked five times a second whether to give up all of them and raise Interrupted.
         """
         out = Rollouts()
         finished: dict[int, list[SingleAgentEpisode]] = {}
@@ -133,6 +136,7 @@ class GTPOEnvRunner(EnvRunner, Checkpointable):
             wanted=wanted,
             on_group=take,
             on_progress=on_progress or (lambda tally: None),
+            stop=stop,
         ).run()
         out.episodes = [e for job in jobs for e in finished.get(job.position, ())]
         out.weights_version = self.weights_version

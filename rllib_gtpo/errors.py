@@ -41,7 +41,14 @@ class EngineError(GTPOError, RuntimeError):
 
 
 class Interrupted(GTPOError):
-    """A stop was asked for in the middle of a long step; state is consistent and can be saved."""
+    """A stop was asked for in the middle of a long step; state is consistent and can be saved.
+
+    changed: Whether it is another state than before the step.
+    """
+
+    def __init__(self, message: str = "", *, changed: bool = True) -> None:
+        super().__init__(message)
+        self.changed = changed
 
 
 def did_you_mean(name: object, valid: Iterable[object]) -> str:

@@ -130,6 +130,7 @@ def _sample(
         [GroupJob(position, members, 0, split) for position in range(tasks)],
         restore=lambda: algorithm.restore_env_runners(runners),
         on_progress=progress.show if config.progress else None,
+        stop=algorithm.stop_requested,
     )
     if not sampled.episodes:
         reason = next(iter(sampled.skipped.values()), "")

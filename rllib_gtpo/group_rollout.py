@@ -17,6 +17,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_gtpo.aio import run_coroutine
 from rllib_gtpo.env import task_id
+from rllib_gtpo.interruption import Stop, unless_stopped
 from rllib_gtpo.rollout import Rollout
 from rllib_gtpo.rollout_stats import RolloutStats, Tally
 from rllib_gtpo.types import StopReason, Trajectory
@@ -104,6 +105,7 @@ class GroupScheduler:
     wanted: With fewer than there are jobs, the slowest groups are dropped: as soon as those that
         are finished and those that must finish are enough.
     on_group: Takes the episodes of each group when it is finished and scored.
+    stop: Whether somebody has asked for a stop, at which everything is given up.
     """
 
     def __init__(
@@ -115,8 +117,9 @@ class GroupScheduler:
         *,
         on_group: Callable[[GroupJob, list[SingleAgentEpisode]], None],
         on_progress: Callable[[Tally], None] | None,
+        stop: Stop = lambda: False,
     ) -> None:
-        self._runner, self._out = runner, out
+        self._runner, self._out, self._stop = runner, out, stop
         self._limit: int = runner.config.max_concurrency
         self._on_group, self._on_progress = on_group, on_progress or (lambda tally: None)
         self._groups = [GroupRollout(job, [None] * job.members, job.members) for job in jobs]
@@ -128,9 +131,14 @@ class GroupScheduler:
         self._running: set[asyncio.Task[None]] = set()
 
     def run(self) -> None:
-        """Returns when every group is handed on or given up."""
+        """Returns when every group is handed on or given up.
+
+        Raises:
+            Interrupted: A stop was asked for before that.
+        """
         in_step = self._runner.config.deterministic
-        run_coroutine(self._run_in_step() if in_step else self._run_freely())
+        work = self._run_in_step() if in_step else self._run_freely()
+        run_coroutine(unless_stopped(work, self._stop))
         for group in self._groups:
             if group.job.position in self._out.dropped:
                 for rollout in group.rollouts:

@@ -8,6 +8,11 @@ from typing import Any
 
 from rllib_gtpo.types import Group, StopReason, ToolError, Trajectory
 
+_NOT_REPEATED = (
+    *("time", "timer", "perf", "pid", "date", "host", "node_ip", "per_s", "wait_s", "overhead"),
+    *("restore", "experiment"),
+)  # words in their names
+
 
 def rollout_metrics(
     groups: Sequence[Group], discarded: Sequence[Trajectory] = ()
@@ -39,7 +44,7 @@ def rollout_metrics(
         "tool/calls_per_trajectory": _ratio(len(results), len(trajectories)),
         "tool/invalid_rate": _ratio(invalid, len(turns)),
         "tool/error_rate": _ratio(
-            errors[ToolError.RAISED] + errors[ToolError.TIMEOUT],
+            len(results) - errors[None] - errors[ToolError.INVALID],
             len(results) - errors[ToolError.INVALID],
         ),
         "tool/timeout_rate": _ratio(errors[ToolError.TIMEOUT], len(results)),
@@ -56,6 +61,28 @@ def rollout_metrics(
         total = sum(turn.rewards.get(name, 0.0) for turn in turns)
         metrics[f"reward/{name}"] = _ratio(total, len(trajectories))
     return metrics
+
+
+def fault_metrics(
+    groups: Sequence[Group], left_out: Sequence[Trajectory], lost_runners: int
+) -> dict[str, float]:
+    """How many times each thing broke; none of it is the policy's doing.
+
+    Args:
+        groups: The complete ones.
+        left_out: All other rollouts.
+        lost_runners: Env runners that died, whose groups were sampled again.
+    """
+    trajectories = [*(t for g in groups for t in g.trajectories), *left_out]
+    reasons = Counter(t.stop_reason for t in trajectories)
+    errors = Counter(r.error for t in trajectories for turn in t.turns for r in turn.results)
+    return {
+        "fault/lost_runners": float(lost_runners),
+        "fault/tool_crashes": float(errors[ToolError.CRASHED]),
+        "fault/env_errors": float(reasons[StopReason.ENV_ERROR]),
+        "fault/env_timeouts": float(reasons[StopReason.ENV_TIMEOUT]),
+        "fault/engine_errors": float(reasons[StopReason.ENGINE_ERROR]),
+    }
 
 
 def straggler_metrics(dropped: Mapping[int, Sequence[Trajectory]]) -> dict[str, float]:
@@ -82,6 +109,16 @@ def staleness_metrics(groups: Sequence[Group], current: int) -> dict[str, float]
         "weights/staleness_mean": _mean(behind),
         "weights/staleness_max": float(max(behind, default=0)),
         "weights/spanning_frac": _mean(oldest != newest for oldest, newest in spans),
+    }
+
+
+def repeatable(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that a deterministic run repeats to the last bit: those that neither measure time
+    nor name the machine or the process."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if not any(word in name.replace("lifetime", "") for word in _NOT_REPEATED)
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from rllib_gtpo.episodes import groups_of, trajectory_of
 from rllib_gtpo.errors import DataError, EngineError, EnvironmentFault
 from rllib_gtpo.group_rollout import GroupJob, Outcome, Rollouts
+from rllib_gtpo.interruption import Stop, call_each
 from rllib_gtpo.remote_progress import remote_tallies
 from rllib_gtpo.rollout_stats import Tally
 from rllib_gtpo.types import Group, StopReason, Trajectory
@@ -20,10 +21,11 @@ _MAX_SKIPPED_FRAC = 10  # give up after this many times the wanted groups could 
 
 @dataclass
 class Sampled(Outcome):
-    """What all runners gave back, in the order of the jobs; groups lost with a runner."""
+    """What all runners gave back, in the order of the jobs; groups lost with runners that died."""
 
     runner_metrics: list[Any] = field(default_factory=list)
     lost_groups: int = 0
+    lost_runners: int = 0
 
     @property
     def left_out(self) -> list[Trajectory]:
@@ -74,6 +76,8 @@ def sample_step(
         sampled = sample_next(missing)
         step.add(sampled)
         step.lost_groups += sampled.lost_groups
+        step.lost_runners += sampled.lost_runners
+        step.runner_metrics += sampled.runner_metrics
         groups = groups_of(sampled.episodes)
         step.groups += groups
         step.kept += filter(keeps, groups)
@@ -112,18 +116,19 @@ def sample_groups(
     restore: Callable[[], Any],
     wanted: int | None = None,
     on_progress: Callable[[Tally], None] | None = None,
+    stop: Stop = lambda: False,
 ) -> Sampled:
     """Rolls out the jobs; those of a runner that died are given to the others.
 
     runners: RLlib's EnvRunnerGroup.  restore: brings dead runners back.  wanted: How many are
     needed, if not all; each runner drops its own share of the slowest.  on_progress: Called now and
-    then with how far all runners are.
+    then with how far all runners are.  stop: Asked now and then whether to raise Interrupted.
     """
     sampled = Sampled()
     needed = len(jobs) if wanted is None else wanted
     if runners.num_remote_workers() == 0:
         local = runners.local_env_runner
-        rollouts = local.sample_groups(jobs, wanted=needed, on_progress=on_progress)
+        rollouts = local.sample_groups(jobs, wanted=needed, on_progress=on_progress, stop=stop)
         _collect(sampled, rollouts, local.get_metrics())
         return sampled
     pending = list(jobs)
@@ -132,7 +137,7 @@ def sample_groups(
             sampled.lost_groups += len(pending)
             restore()
         finished = len(groups_of(sampled.episodes))
-        done = _round(runners, pending, max(needed - finished, 0), sampled, on_progress)
+        done = _round(runners, pending, max(needed - finished, 0), sampled, on_progress, stop)
         pending = [job for job in pending if job.position not in done]
         if not pending:
             order = {job.position: index for index, job in enumerate(jobs)}
@@ -151,6 +156,7 @@ def _round(
     needed: int,
     sampled: Sampled,
     on_progress: Callable[[Tally], None] | None,
+    stop: Stop,
 ) -> set[int]:
     """One call to each healthy runner; returns the positions that are done with.
 
@@ -177,11 +183,9 @@ def _round(
         )
 
     with remote_tallies(count, Tally.of(groups_of(sampled.episodes)), on_progress) as reports:
-        results = runners.foreach_env_runner(
-            [call(*each) for each in zip(shares, parts, reports, strict=True)],
-            local_env_runner=False,
-            remote_worker_ids=ids,
-        )
+        calls = [call(*each) for each in zip(shares, parts, reports, strict=True)]
+        results = call_each(runners, calls, ids, stop)
+    sampled.lost_runners += count - len(results)
     done: set[int] = set()
     for rollouts, metrics in results:
         _collect(sampled, rollouts, metrics)

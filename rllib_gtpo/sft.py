@@ -70,7 +70,8 @@ class SFT(GTPO):
         data = self.load_demonstrations(start)
         self._learners_turn()
         made = self.progress_made.cold_start
-        end = min(made.steps + self.config.steps_per_iteration, start.steps)
+        each = self.config.steps_per_iteration
+        end = min((made.steps // each + 1) * each, start.steps)  # also after one that was left
         began = time.perf_counter()
         with Progress("supervised", end - made.steps, enabled=self.config.progress) as bar:
             losses = supervise(

@@ -52,6 +52,7 @@ class ToolError(StrEnum):
     INVALID = "invalid"  # cannot be parsed, unknown tool, or violates the schema: a *format* error
     RAISED = "raised"  # well-formed, and the tool (or the code it ran) raised
     TIMEOUT = "timeout"  # well-formed, and the tool did not return in time
+    CRASHED = "crashed"  # well-formed, and the process in which it ran died of it
 
 
 _BROKEN = (StopReason.ENV_ERROR, StopReason.ENV_TIMEOUT, StopReason.ENGINE_ERROR)

@@ -37,7 +37,8 @@ from functools import lru_cache
 from typing import Any
 
 from rllib_gtpo.sandbox import Status
-from rllib_gtpo.types import Message, Observation, Task, ToolError, ToolResult, Trajectory
+from rllib_gtpo.tools.python import to_tool_result
+from rllib_gtpo.types import Message, Observation, Task, ToolResult, Trajectory
 from rllib_gtpo_envs.chains import (
     check_chain_knobs,
     count_operations,
@@ -149,7 +150,7 @@ class Calculator(PythonToolEnv, ScriptedEnv):
         if failed:  # the last line of a traceback says it all
             output = output.rpartition("\n")[2]
         self._left, content = _feedback(output, self._left)
-        return ToolResult("python", content, ToolError.RAISED if failed else None)
+        return ToolResult("python", content, to_tool_result(result).error)
 
     tools = (python,)
 

@@ -51,7 +51,8 @@ from typing import Any
 
 from rllib_gtpo.errors import ConfigError
 from rllib_gtpo.sandbox import Limits, Status
-from rllib_gtpo.types import Message, Observation, Task, ToolError, ToolResult, Trajectory
+from rllib_gtpo.tools.python import to_tool_result
+from rllib_gtpo.types import Message, Observation, Task, ToolResult, Trajectory
 from rllib_gtpo_envs.common import (
     UNCLOSED,
     PythonToolEnv,
@@ -218,7 +219,7 @@ class Repair(PythonToolEnv, ScriptedEnv):
         content = _report(code, names, wrong)
         if failed:  # the last line of a traceback says it all
             content += "\n" + result.output.strip().rpartition("\n")[2]
-        return ToolResult("submit", content, ToolError.RAISED if failed else None)
+        return ToolResult("submit", content, to_tool_result(result).error)
 
     tools = (submit,)
 

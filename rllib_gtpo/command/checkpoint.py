@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rllib_gtpo.command.directory import RunDirectory
+from rllib_gtpo.command.locks import kept
 from rllib_gtpo.command.reading import reading
 from rllib_gtpo.errors import ConfigError
 
+_ATTEMPTS = 10  # to hold a checkpoint before its run deletes it
 _MARK = "rllib_checkpoint.json"  # RLlib writes it into every checkpoint
 
 
-def find_checkpoint(source: Path) -> Path:
-    """A checkpoint itself, or the last one of a run.
+@contextmanager
+def held_checkpoint(source: Path) -> Iterator[Path]:
+    """A checkpoint itself, or the last one of a run, which its run does not delete meanwhile.
 
     Raises:
         ConfigError: There is none.
     """
+    for _ in range(_ATTEMPTS):
+        checkpoint = _find_checkpoint(source)
+        with kept(checkpoint) as in_time:
+            if in_time:
+                yield checkpoint
+                return
+    raise ConfigError(f"{source} has been deleted by its run: name another one, or raise --keep.")
+
+
+def _find_checkpoint(source: Path) -> Path:
     if not source.is_dir():
         raise ConfigError(f"{source}: no such directory.")
     if (source / _MARK).is_file():

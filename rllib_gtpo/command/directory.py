@@ -3,6 +3,7 @@
     runs/NAME_20260131-120000/
         run.json                 what was started, so that --resume needs nothing else
         params.json result.json progress.csv events.out.tfevents.*
+        trainer.lock             held by the one process that trains here
         checkpoint_000010/       written as checkpoint_000010.tmp-PID, then renamed
 
 A second checkpoint of the same iteration (a stop in the middle of a step) is checkpoint_000010-1.
@@ -22,11 +23,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rllib_gtpo.command.locks import delete_unless_kept
 from rllib_gtpo.errors import ConfigError, GTPOError
 
 _NAME = re.compile(r"checkpoint_(\d{6,})(?:-(\d+))?")
 _PROGRESS = "progress.json"  # written last: a checkpoint without it is not complete
 _RECORD = "run.json"
+_ATTEMPTS = 10  # to list checkpoints that come and go meanwhile
 
 
 class SaveError(GTPOError, OSError):
@@ -51,6 +54,7 @@ class RunRecord:
     metric: str | None = None  # of a sweep: by what its trials are compared,
     mode: str = "max"  # and whether more of it is better
     source: list[str] = field(default_factory=list)  # --algo, --env of a run without a file
+    failures: int = 0  # after which training began again from the last checkpoint
 
 
 @dataclass(frozen=True)
@@ -119,23 +123,26 @@ class RunDirectory:
 
     def write_record(self) -> None:
         """Writes run.json atomically."""
-        partial = self.path / f"{_RECORD}.tmp"
-        partial.write_text(json.dumps(asdict(self.record), indent=2) + "\n")
-        os.replace(partial, self.path / _RECORD)
+        replace_text(self.path / _RECORD, json.dumps(asdict(self.record), indent=2) + "\n")
 
     def checkpoints(self) -> list[Checkpoint]:
         """Complete checkpoints, oldest first."""
-        found = []
-        for entry in self.path.iterdir():
-            match = _NAME.fullmatch(entry.name)
-            if match and (entry / _PROGRESS).is_file():
-                found.append(Checkpoint(entry, int(match[1]), int(match[2] or 0)))
+        for _ in range(_ATTEMPTS):
+            found = [
+                Checkpoint(entry, int(match[1]), int(match[2] or 0))
+                for entry in self.path.iterdir()
+                if (match := _NAME.fullmatch(entry.name)) and (entry / _PROGRESS).is_file()
+            ]
+            if found:
+                break  # else all may have been replaced while they were listed
         return sorted(found, key=lambda c: (c.iteration, c.copy))
 
     def clean(self, restored: Checkpoint) -> list[Path]:
-        """Removes what a killed save left and sets newer checkpoints aside; returns those."""
+        """Removes what a killed process left and sets newer checkpoints aside; returns those."""
         for entry in self.path.glob("checkpoint_*.tmp-*"):
             shutil.rmtree(entry, ignore_errors=True)
+        for entry in (*self.path.glob("*.tmp"), *self.path.glob("record/.*.tmp-*")):
+            entry.unlink()
         moved = []
         for newer in self.checkpoints():
             if (newer.iteration, newer.copy) > (restored.iteration, restored.copy):
@@ -172,7 +179,7 @@ class RunDirectory:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         for old in self.checkpoints()[: -self.keep]:
-            shutil.rmtree(old.path, ignore_errors=True)
+            delete_unless_kept(old.path)
         match = _NAME.fullmatch(final.name)
         return Checkpoint(final, iteration, int(match[2] or 0) if match else 0)
 
@@ -201,6 +208,17 @@ def _read_record(path: Path) -> RunRecord:
         f"{path} was written by rllib-gtpo {there}; {', '.join(unknown)} means nothing to this one "
         f"({metadata.version('rllib-gtpo')}): continue the run with the version that started it."
     )
+
+
+def replace_text(path: Path, text: str, newline: str | None = None) -> None:
+    """Writes a file that is complete at any time; what was there stays if that fails."""
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        partial.write_text(text, newline=newline)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _is_storage_failure(error: Exception, free: int) -> bool:

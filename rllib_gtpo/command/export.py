@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rllib_gtpo.command.checkpoint import find_checkpoint, load_config
+from rllib_gtpo.command.checkpoint import held_checkpoint, load_config
 from rllib_gtpo.command.reading import reading
 from rllib_gtpo.errors import ConfigError, GTPOError
 from rllib_gtpo.lora import BASE_MARK, adapter_files, merge
@@ -95,7 +95,14 @@ def export(
         raise ConfigError(f"{target} exists: remove it, or name another directory.")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}.")
-    checkpoint = find_checkpoint(source)
+    with held_checkpoint(source) as checkpoint:
+        done = _write(checkpoint, target, dtype, adapter)
+    if push_to is not None:
+        done += f" and to {_push(target, push_to)}"
+    return done
+
+
+def _write(checkpoint: Path, target: Path, dtype: str | None, adapter: bool) -> str:
     config = _config(checkpoint)
     if adapter and config.lora is None:
         raise ConfigError(f"{checkpoint} was trained without lora: leave --adapter out.")
@@ -115,10 +122,7 @@ def export(
         shutil.rmtree(unfinished, ignore_errors=True)
     size = sum(file.stat().st_size for file in target.rglob("*")) / 1e6
     what = f"{parameters:,} parameters, {size:.1f} MB"
-    done = f"exported {checkpoint} to {target} ({what})"
-    if push_to is not None:
-        done += f" and to {_push(target, push_to)}"
-    return done
+    return f"exported {checkpoint} to {target} ({what})"
 
 
 def _config(checkpoint: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,16 @@ from rllib_gtpo.errors import (
     RewardError,
 )
 
+_NO_DISK = ". Make room there; a run goes on from its last checkpoint with --resume."
+_NO_SPILLING = (
+    ". Ray's object store is full, and so is the disk that it spills to (/tmp/ray, or "
+    "RAY_TMPDIR): make room there, or name another disk. Fewer groups_per_step need less."
+)
+_NO_STORE = (
+    ". Ray's object store is too small for what goes from rollouts to learners: start Ray with "
+    "a larger one (`ray start --object-store-memory BYTES`, and --ray-address), or take fewer "
+    "groups_per_step."
+)
 _BAD_INPUT = (ConfigError, DataError, ChatTemplateError, RewardError)
 
 
@@ -32,11 +43,34 @@ def guarded(command: Callable[[], int], debug: bool = False) -> int:
         mute_stdout()
         return PIPE_EXIT
     except Exception as error:
-        ours = _find(error)
-        if ours is None or debug:
-            traceback.print_exception(error)
-        print(f"error: {ours or f'{type(error).__name__}: {error}'}", file=sys.stderr)
-        return 2 if isinstance(ours, _BAD_INPUT) else 1
+        tell(error, "error", debug)
+        return 2 if is_bad_input(error) else 1
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """Whether it would happen again: a file, an option or a setting is wrong."""
+    return isinstance(_find(error), _BAD_INPUT)
+
+
+def tell(error: BaseException, kind: str, debug: bool = False) -> None:
+    """Prints what happened; with the traceback, if nobody has written a message for it."""
+    ours = _find(error)
+    if debug or (ours is None and _remedy(error) is None):
+        traceback.print_exception(error)
+    text = str(ours or f"{type(error).__name__}: {error}")
+    print(f"{kind}: {text}{_remedy(error) or ''}", file=sys.stderr)
+
+
+def _remedy(error: BaseException) -> str | None:
+    """What helps when a machine has run out of something."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _NO_DISK
+    ray_errors = sys.modules.get("ray.exceptions")  # no reason to load it, if it is not
+    if ray_errors is not None and isinstance(error, ray_errors.OutOfDiskError):
+        return _NO_SPILLING
+    if ray_errors is not None and isinstance(error, ray_errors.ObjectStoreFullError):
+        return _NO_STORE
+    return None
 
 
 def _find(error: BaseException | None) -> GTPOError | None:

@@ -44,6 +44,7 @@ class Experiment:
     stop: dict[str, Any] = field(default_factory=dict)
     num_samples: int = 1
     checkpoint_freq: int | None = None
+    checkpoint_minutes: float | None = None
     tune_config: Any = None
     callbacks: list[Any] = field(default_factory=list)
     places: Places = field(default_factory=Places)
@@ -166,6 +167,7 @@ def _load_python(path: Path) -> Experiment:
         stop=dict(stop),
         num_samples=num_samples,
         checkpoint_freq=_number(given, "checkpoint_freq", 0, places),
+        checkpoint_minutes=_number(given, "checkpoint_minutes", 0, places, float),
         tune_config=tune_config,
         callbacks=callbacks,
         places=places,
@@ -241,6 +243,7 @@ def _load_yaml(path: Path) -> Experiment:
         stop=dict(spec.get("stop") or {}),
         num_samples=_number(spec, "num_samples", 1, places) or 1,
         checkpoint_freq=_number(spec, "checkpoint_freq", 0, places),
+        checkpoint_minutes=_number(spec, "checkpoint_minutes", 0, places, float),
         places=places,
     )
 
@@ -262,11 +265,13 @@ def _environment(env: Any, places: Places) -> Any:
     return env
 
 
-def _number(spec: dict[str, Any], key: str, least: int, places: Places) -> int | None:
+def _number(
+    spec: dict[str, Any], key: str, least: int, places: Places, kind: type = int
+) -> Any | None:
     value = spec.get(key)
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int) or value < least
-    ):
-        message = f"{key} must be a whole number of at least {least}, not {value!r}"
+    wrong = isinstance(value, bool) or not isinstance(value, (int, kind))
+    if value is not None and (wrong or not value >= least):
+        whole = "whole " if kind is int else ""
+        message = f"{key} must be a {whole}number of at least {least}, not {value!r}"
         raise ConfigError(places.prefix((key,)) + message)
     return value

@@ -169,4 +169,5 @@ def _continued_record(old: RunRecord, new: RunRecord, path: Path) -> RunRecord:
     new.stop = old.stop + new.stop
     new.trial_id = old.trial_id or new.trial_id
     new.status, new.kind, new.held_out_accuracy = old.status, old.kind, old.held_out_accuracy
+    new.failures = old.failures
     return new

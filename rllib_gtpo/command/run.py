@@ -25,6 +25,8 @@ class RunOptions:
     override: list[str] = field(default_factory=list)
     resume: Path | None = None
     checkpoint_freq: int | None = None
+    checkpoint_minutes: float | None = None
+    max_failures: int = 0
     keep: int = 2
     out: Path | None = None
     num_cpus: int | None = None

@@ -15,7 +15,7 @@ from rllib_gtpo.command.interrupts import Stopper
 from rllib_gtpo.command.output import keep_colour_codes_away, resume_command
 from rllib_gtpo.command.ray_session import ray_session
 from rllib_gtpo.command.stopping import StopCriteria
-from rllib_gtpo.command.trial import FAILURE, OK, checkpoint_frequency
+from rllib_gtpo.command.trial import FAILURE, OK, checkpoint_frequency, checkpoint_period_s
 from rllib_gtpo.command.tuning import (
     Goal,
     goal_of,
@@ -123,7 +123,12 @@ def _tuner(
 ) -> Any:
     from ray import tune
 
-    from rllib_gtpo.command.sweep_callbacks import SaveAndStop, SweepProgress, Thresholds
+    from rllib_gtpo.command.sweep_callbacks import (
+        SaveAndStop,
+        SweepProgress,
+        Thresholds,
+        TimedCheckpoints,
+    )
     from rllib_gtpo.command.trial_logs import TrialLogs
 
     trainable: Any = experiment.config.algo_class
@@ -135,6 +140,7 @@ def _tuner(
         name=_TUNE_DIRECTORY,
         storage_path=str(path),
         stop=Thresholds(criteria),
+        failure_config=tune.FailureConfig(max_failures=options.max_failures),
         checkpoint_config=tune.CheckpointConfig(
             checkpoint_frequency=checkpoint_frequency(
                 options.checkpoint_freq, experiment.checkpoint_freq
@@ -142,7 +148,12 @@ def _tuner(
             checkpoint_at_end=True,
             num_to_keep=max(1, options.keep),
         ),
-        callbacks=[*loggers, SweepProgress(goal), SaveAndStop(stopper, loggers)],
+        callbacks=[
+            *loggers,
+            SweepProgress(goal),
+            TimedCheckpoints(checkpoint_period_s(options.checkpoint_minutes, experiment)),
+            SaveAndStop(stopper, loggers),
+        ],
         verbose=2 if options.debug else 0,
     )
     if not (path / _TUNE_DIRECTORY / "tuner.pkl").exists():
@@ -166,6 +177,7 @@ def _tuner(
     # Tune would go on with pickled copies of the old ones.
     restored = tuner._local_tuner._run_config
     restored.stop, restored.callbacks = run_config.stop, run_config.callbacks
+    restored.failure_config = run_config.failure_config
     restored.verbose = run_config.verbose
     return tuner
 

@@ -83,6 +83,31 @@ class SweepProgress(Callback):  # type: ignore[misc]
         )
 
 
+class TimedCheckpoints(Callback):  # type: ignore[misc]
+    """Saves each trial whose last checkpoint is older than `period_s`; 0: none for that reason."""
+
+    def __init__(self, period_s: float) -> None:
+        self._period_s = period_s
+        self._saved: dict[str, float] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See Callback."""
+        self._saved[trial.trial_id] = time.monotonic()
+
+    def on_checkpoint(
+        self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any
+    ) -> None:
+        """See Callback."""
+        self._saved[trial.trial_id] = time.monotonic()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """See Callback."""
+        if self._period_s and time.monotonic() - self._saved[trial.trial_id] >= self._period_s:
+            result[SHOULD_CHECKPOINT] = True
+
+
 class SaveAndStop(Callback):  # type: ignore[misc]
     """After a first Ctrl-C or SIGTERM, every running trial finishes its step and saves.
 

@@ -6,14 +6,18 @@ An algorithm may define these hooks; all are optional:
     run_directory                  set to the directory before anything else
     on_run_end()                   called after the last iteration, unless interrupted
     request_stop()                 leave train() or a hook soon, by raising errors.Interrupted
+    pause_every_s                  set to the seconds after which on_run_start should raise
+                                   errors.Interrupted to be saved; it is called again then
     summary_line(result) -> str    the line printed for an iteration
     held_out_accuracy              (before, after) or None, printed at the end
 """
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,8 +25,10 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from rllib_gtpo.command.directory import Checkpoint, RunDirectory, SaveError
+from rllib_gtpo.command.failures import is_bad_input, tell
 from rllib_gtpo.command.files import Experiment
 from rllib_gtpo.command.interrupts import PIPE_EXIT, Stopper
+from rllib_gtpo.command.locks import one_trainer
 from rllib_gtpo.command.output import print_end
 from rllib_gtpo.command.quiet import building
 from rllib_gtpo.command.ray_session import check_resources, ray_session
@@ -57,32 +63,67 @@ class Trial:
         self.saved: Checkpoint | None = None
         self.dirty = False  # whether there is state that no checkpoint holds
         self.freq = checkpoint_frequency(options.checkpoint_freq, experiment.checkpoint_freq)
+        self.period_s = checkpoint_period_s(options.checkpoint_minutes, experiment)
+        self.save_tried = time.monotonic()
+        self.failed_saves = 0
+        self.failures_left = options.max_failures
 
     def execute(self, checkpoint: Checkpoint | None) -> int:
         """Runs to the end; prints the report only after Ray is down, so that nothing follows it."""
         needs = check_resources(self.experiment.config)
-        with ray_session(needs, self.options), self.stopper:
-            try:
-                code = self._run(checkpoint)
-            except KeyboardInterrupt:  # second signal: no clean-up that could hang
-                print("stopped at once, without saving", file=sys.stderr)
-                code = self.stopper.code or 130
-            except Exception as error:
-                if self.callbacks is not None:
-                    self.callbacks.end(failed=True)
-                if self.saved is not None and not isinstance(error, ConfigError):
-                    print(f"last good checkpoint: {self.saved.path.absolute()}", file=sys.stderr)
-                raise
-            else:
-                self._close()
+        with one_trainer(self.run.path):
+            self._say(f"run directory: {self.run.path}")
+            while (code := self._attempt(needs, checkpoint)) is None:
+                checkpoint = self.saved
         if self.saved is not None:
             if self.stopper.requested and code == self.stopper.code:
                 self._say("interrupted; continue with the last line")
             print_end(self.run, self.saved, complete=code == OK)
         return code
 
+    def _attempt(self, needs: Mapping[str, float], checkpoint: Checkpoint | None) -> int | None:
+        """The exit code; None after a failure, if the run is to begin again where it was saved.
+
+        It begins with another session of Ray, so that nothing of what failed is left.
+        """
+        try:
+            with ray_session(needs, self.options), self.stopper:  # Ray sets a handler of its own
+                code = self._run(checkpoint)
+                self._close()
+                return code
+        except KeyboardInterrupt:  # second signal: no clean-up that could hang
+            print("stopped at once, without saving", file=sys.stderr)
+            return self.stopper.code or 130
+        except Exception as error:
+            if self.callbacks is not None:
+                self.callbacks.end(failed=True)
+            final = not self.failures_left or is_bad_input(error) or self.stopper.requested
+            if final:
+                if self.saved is not None and not isinstance(error, ConfigError):
+                    print(f"last good checkpoint: {self.saved.path.absolute()}", file=sys.stderr)
+                raise
+            self._count(error)
+        self._give_up_algorithm()
+        return None
+
+    def _count(self, error: Exception) -> None:
+        self.failures_left -= 1
+        self.run.record.failures += 1
+        tell(error, "warning", self.options.debug)
+        place = f"from {self.saved.path.name}" if self.saved else "from the start"
+        left = self.failures_left
+        print(f"starting again {place}; failures that may follow: {left}", file=sys.stderr)
+
+    def _give_up_algorithm(self) -> None:
+        """Frees what an algorithm holds that failed; it may not be able to do so itself."""
+        try:
+            self._close()
+        except Exception as error:
+            print(f"warning: what failed did not stop cleanly: {error!r}", file=sys.stderr)
+        self.algo = self.log = self.callbacks = None
+        gc.collect()
+
     def _run(self, checkpoint: Checkpoint | None) -> int:
-        self._say(f"run directory: {self.run.path}")
         self._build(checkpoint)
         interrupted = not self._train()
         stopped = interrupted or self.stopper.requested
@@ -93,8 +134,7 @@ class Trial:
         accuracy = getattr(self.algo, "held_out_accuracy", None)
         record = self.run.record
         record.held_out_accuracy = [float(x) for x in accuracy] if accuracy else None
-        record.status = "interrupted" if stopped else "completed"
-        self.run.write_record()
+        self._write_status("interrupted" if stopped else "completed")
         return self.stopper.code or FAILURE if stopped else OK
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
@@ -102,7 +142,9 @@ class Trial:
             self.algo = self.experiment.config.build_algo()
         if hasattr(self.algo, "run_directory"):
             self.algo.run_directory = str(self.run.path.absolute())
-        iteration = 0
+        if hasattr(self.algo, "pause_every_s"):
+            self.algo.pause_every_s = self.period_s
+        iteration, self.metrics = 0, {}
         if checkpoint is not None:
             for moved in self.run.clean(checkpoint):
                 self._say(f"set aside a newer checkpoint: {moved}")
@@ -115,8 +157,7 @@ class Trial:
             self.metrics = progress["metrics"]
             self.saved = checkpoint
             self._say(f"resumed from {checkpoint.path} at iteration {iteration}")
-        self.run.record.status = "running"
-        self.run.write_record()
+        self._write_status("running")
         self.log = ResultLog(self.run.path, iteration)
         settings = self.experiment.config.to_dict()
         self.log.write_params(settings)
@@ -130,39 +171,56 @@ class Trial:
         if self.stopper.requested:
             return True
         self.dirty = self.saved is None
-        hook = getattr(self.algo, "on_run_start", None)
-        if callable(hook):
-            self.dirty = True  # it may leave in the middle of its work
-            try:
-                worked = hook()
-            except Interrupted:
-                return False
-            self.dirty = bool(worked) or self.saved is None
-            if worked and self.freq > 0:
-                self._save_periodic()
+        if not self._start():
+            return False
         while not self.stopper.requested:
             reason = self.criteria.reached(self.metrics) if self.metrics else None
             if reason:
                 self._say(f"done: {reason}")
                 return True
-            self.dirty = True
+            was_dirty, self.dirty = self.dirty, True
             try:
                 result = self.algo.train()
-            except Interrupted:
+            except Interrupted as stop:
+                self.dirty = was_dirty or stop.changed
                 return False
+            counts = {"failures": self.run.record.failures, "failed_saves": self.failed_saves}
+            result["run"] = counts
             self.metrics = numbers(result)
             assert self.log is not None and self.callbacks is not None
             self.log.write(result)
             self.callbacks.result(result, done=self.criteria.reached(self.metrics) is not None)
             self._say(self._summary(result))
-            self.criteria.check_known(self.metrics)
+            if not self.stopper.requested:  # which leaves out an evaluation
+                self.criteria.check_known(self.metrics)
             if self._periodic():
                 self._save_periodic()
         return True
 
+    def _start(self) -> bool:
+        """Calls on_run_start until it is through; False if a stop was asked for meanwhile."""
+        hook = getattr(self.algo, "on_run_start", None)
+        while callable(hook):
+            was_dirty, self.dirty = self.dirty, True  # it may leave in the middle of its work
+            try:
+                worked = hook()
+            except Interrupted as stop:
+                self.dirty = was_dirty or stop.changed
+                if self.stopper.requested or not self.period_s:
+                    return False
+                self._save_periodic()
+                continue
+            self.dirty = bool(worked) or was_dirty
+            if worked and (self.freq > 0 or self.period_s):
+                self._save_periodic()
+            break
+        return True
+
     def _periodic(self) -> bool:
         done = self.stopper.requested or self.criteria.reached(self.metrics)
-        return not done and self.freq > 0 and self.algo.iteration % self.freq == 0
+        by_count = self.freq > 0 and self.algo.iteration % self.freq == 0
+        by_time = self.period_s and time.monotonic() - self.save_tried >= self.period_s
+        return not done and bool(by_count or by_time)
 
     def _save(self) -> None:
         progress = {
@@ -170,6 +228,7 @@ class Trial:
             "time_total_s": self.algo._time_total,
             "metrics": self.metrics,
         }
+        self.save_tried = time.monotonic()
         self.saved = self.run.save(self.algo.iteration, progress, self.algo.save_checkpoint)
         if self.callbacks is not None:
             self.callbacks.saved(self.saved.path, self.metrics)
@@ -179,6 +238,7 @@ class Trial:
         try:
             self._save()
         except SaveError as error:
+            self.failed_saves += 1
             again = "training goes on; the next attempt is at the next checkpoint"
             print(f"warning: {error}; {again}", file=sys.stderr)
 
@@ -192,6 +252,13 @@ class Trial:
             print(f"error: {error}\nlast good checkpoint: {last}", file=sys.stderr)
             return False
         return True
+
+    def _write_status(self, status: str) -> None:
+        self.run.record.status = status
+        try:
+            self.run.write_record()
+        except OSError as error:
+            print(f"warning: run.json is not up to date: {error}", file=sys.stderr)
 
     def _end(self) -> bool:
         """Calls on_run_end; False if a stop was asked for meanwhile and it left early."""
@@ -244,6 +311,12 @@ def checkpoint_frequency(option: int | None, of_file: int | None) -> int:
     if option is not None:
         return option
     return 10 if of_file is None else of_file
+
+
+def checkpoint_period_s(option: float | None, experiment: Experiment) -> float:
+    """Most seconds between checkpoints: by the option or the file; 0: however long it takes."""
+    minutes = experiment.checkpoint_minutes if option is None else option
+    return 60.0 * (minutes or 0.0)
 
 
 def _first(metrics: Mapping[str, float], *keys: str) -> float | None:

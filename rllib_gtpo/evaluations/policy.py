@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rllib_gtpo.command.checkpoint import find_checkpoint, load_config
+from rllib_gtpo.command.checkpoint import held_checkpoint, load_config
 from rllib_gtpo.command.directory import RunRecord, file_hash
 from rllib_gtpo.command.reading import reading
 from rllib_gtpo.errors import ConfigError
@@ -27,6 +27,7 @@ class Policy:
     home: Where results go by default: its run's directory, or the one that it is in.
     iteration: Of its training, if it says so.
     notes: What people ought to know.
+    held: Keeps the run from deleting the checkpoint as long as the policy lives.
     """
 
     source: Path
@@ -35,6 +36,7 @@ class Policy:
     home: Path
     iteration: int | None = None
     notes: list[str] = field(default_factory=list)
+    held: Any = field(default=None, repr=False)
 
     @property
     def algorithm(self) -> str:
@@ -58,7 +60,8 @@ class Policy:
         Raises:
             ConfigError: There is no complete checkpoint, or it cannot be read here.
         """
-        checkpoint = find_checkpoint(source)
+        held = held_checkpoint(source)
+        checkpoint = held.__enter__()
         home = checkpoint.absolute().parent
         record = _record(home / "run.json")
         file = Path(record.file) if record is not None else None
@@ -68,7 +71,7 @@ class Policy:
             changed = file_hash(file) != record.sha256
             if changed:
                 notes.append(f"{file} has changed since the run: what it was then is evaluated.")
-        return cls(source, checkpoint, config, home, _iteration(checkpoint), notes)
+        return cls(source, checkpoint, config, home, _iteration(checkpoint), notes, held)
 
 
 @contextmanager

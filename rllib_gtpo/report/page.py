@@ -50,10 +50,11 @@ class Page:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        if kind is None:
-            os.replace(self._partial, self._path)
-        else:
+        try:
+            self._file.close()  # writes the last of it, for which there may be no room
+            if kind is None:
+                os.replace(self._partial, self._path)
+        finally:
             self._partial.unlink(missing_ok=True)
 
     def add(self, group: dict[str, Any]) -> tuple[int, int]:

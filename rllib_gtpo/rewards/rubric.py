@@ -40,7 +40,7 @@ class Rubric:
             skipped_tools = turn.index == 0 and not turn.calls
             rewards["format"] = -self.format_penalty if turn.invalid or skipped_tools else 0.0
         if self.penalize_tool_errors:
-            failed = any(r.error in (ToolError.RAISED, ToolError.TIMEOUT) for r in turn.results)
+            failed = any(r.error not in (None, ToolError.INVALID) for r in turn.results)
             rewards["tool_errors"] = -self.penalize_tool_errors if failed else 0.0
         own = await _awaited(env.turn_reward(turn, trajectory.task))
         merge_components(rewards, own, "turn_reward")

@@ -106,6 +106,14 @@ def count(text: str) -> int:
     return number
 
 
+def minutes(text: str) -> float:
+    """A number of at least 0."""
+    number = float(text)
+    if not number >= 0.0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
 def positive(text: str) -> float:
     """A number above 0."""
     number = float(text)
@@ -114,7 +122,8 @@ def positive(text: str) -> float:
     return number
 
 
-count.__name__ = positive.__name__ = "number"  # argparse names the type in its messages
+for _type in (count, minutes, positive):
+    _type.__name__ = "number"  # argparse names the type in its messages
 
 
 def spin_briefly() -> None:

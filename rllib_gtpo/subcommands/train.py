@@ -14,6 +14,7 @@ from rllib_gtpo.subcommands.options import (
     add_override,
     add_session,
     count,
+    minutes,
     session_options,
     spin_briefly,
 )
@@ -29,7 +30,8 @@ examples:
   rllib train file task.yaml --dry-run
   rllib train --algo PPO --env CartPole-v1 --config lr=1e-3 --stop training_iteration=20
 
-The first Ctrl-C finishes the step and saves; the second quits at once.
+The first Ctrl-C, or SIGTERM, leaves a rollout or finishes an update, and saves; the second quits at
+once.
 """
 
 
@@ -125,6 +127,19 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="iterations between checkpoints (default: the file's, else 10; 0: only at the end)",
     )
+    add(
+        "--checkpoint-minutes",
+        type=minutes,
+        metavar="M",
+        help="also save when the last checkpoint is so old (default: the file's, else never)",
+    )
+    add(
+        "--max-failures",
+        type=count,
+        default=0,
+        metavar="N",
+        help="failures after which training begins again from the last checkpoint (default: 0)",
+    )
     add("--keep", type=count, default=2, metavar="N", help="checkpoints to keep (default: 2)")
     add("--out", type=Path, metavar="DIR", help="run directory (default: runs/NAME_DATE-TIME)")
     add_session(parser)
@@ -144,6 +159,8 @@ def train(source: Any, args: argparse.Namespace, config: Sequence[str] = ()) -> 
         override=args.override,
         resume=args.resume,
         checkpoint_freq=args.checkpoint_freq,
+        checkpoint_minutes=args.checkpoint_minutes,
+        max_failures=args.max_failures,
         keep=args.keep,
         out=args.out,
         **session,

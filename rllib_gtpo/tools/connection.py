@@ -77,7 +77,7 @@ class Connection:
         if _was_not_run(lost):
             return await client.call_tool(name, dict(arguments))
         text = "Error: the tool's server stopped during the call; it was started anew"
-        return ToolResult(name, text, ToolError.RAISED)
+        return ToolResult(name, text, ToolError.CRASHED)
 
     def join(self) -> None:
         """One more needs the server."""

@@ -63,6 +63,11 @@ _CONTROL_GROUPS = (
         *("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ),
 )
+_ERRORS = {
+    Status.OK: None,
+    Status.TIMEOUT: ToolError.TIMEOUT,
+    Status.KILLED: ToolError.CRASHED,
+}
 _LOOK_EVERY_S = 0.05
 _EVICTED_AT_ONCE = 2  # more than one comes per start, so that memory recovers
 
@@ -312,9 +317,10 @@ class PythonSession:
 
 
 def to_tool_result(result: SandboxResult) -> ToolResult:
-    """The result as a tool returns it: TIMEOUT, or RAISED for every other end but "ok".
+    """The result as a tool returns it: TIMEOUT, CRASHED (killed by a signal), or RAISED for every
+    other end but "ok".
 
     The text says how the code ended, also where it was stopped ("[Timed out after ...]").
     """
-    error = ToolError.TIMEOUT if result.status is Status.TIMEOUT else ToolError.RAISED
-    return ToolResult("python", result.output, None if result.status is Status.OK else error)
+    error = _ERRORS.get(result.status, ToolError.RAISED)
+    return ToolResult("python", result.output, error)

@@ -6,7 +6,9 @@ import math
 
 import pytest
 
+from rllib_gtpo.command import stopping
 from rllib_gtpo.episodes import trajectory_of
+from rllib_gtpo.metrics import repeatable
 
 
 def run(config, iterations, *, checkpoint=None, restore=None):
@@ -37,34 +39,10 @@ def run(config, iterations, *, checkpoint=None, restore=None):
     return seen, results
 
 
-VOLATILE = (
-    "time",
-    "timer",
-    "perf",
-    "pid",
-    "date",
-    "host",
-    "node_ip",
-    "per_s",
-    "wait_s",
-    "overhead",
-    "restore",
-    "experiment",
-)
-
-
-def numbers(result, prefix=""):
-    """The flat numeric metrics of a result without those that measure time or name the machine."""
-    flat = {}
-    for key, value in result.items():
-        name = f"{prefix}/{key}"
-        if key == "config" or any(word in name.replace("lifetime", "") for word in VOLATILE):
-            continue
-        if isinstance(value, dict):
-            flat |= numbers(value, name)
-        elif isinstance(value, (int, float)) and not math.isnan(value):
-            flat[name] = float(value)
-    return flat
+def numbers(result):
+    """The metrics of a result that should repeat; NaN is left out, for it equals nothing."""
+    flat = repeatable(stopping.numbers(result))
+    return {name: value for name, value in flat.items() if not math.isnan(value)}
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +78,15 @@ def test_the_comparison_covers_what_it_should(uninterrupted):
     assert seen[0] != seen[1]
     names = results[0].keys()
     for name in (
-        "/accuracy",
-        "/reward/format",
-        "/mismatch/kl",
-        "/grad/norm",
-        "/evaluation/accuracy",
+        "accuracy",
+        "reward/format",
+        "mismatch/kl",
+        "grad/norm",
+        "evaluation/accuracy",
     ):
         assert name in names
-    assert "/env_runners/num_env_steps_sampled_lifetime" in names
-    assert results[0]["/grad/norm"] > 0
+    assert "env_runners/num_env_steps_sampled_lifetime" in names
+    assert results[0]["grad/norm"] > 0
 
 
 def test_another_seed_gives_another_run(adder_model, uninterrupted):
