@@ -20,6 +20,7 @@ from rllib_gtpo.errors import ChatTemplateError
 from rllib_gtpo.types import Message
 
 _REMEMBERED = 4096  # deltas
+_LATELY = 512  # prompts and texts that are asked for again at once: of a group's members, of a turn
 _TAIL = 64  # tokens that surely hold the header of a turn
 
 
@@ -47,6 +48,8 @@ class ChatCodec:
         closed = self.template.closing_end(assistant("")) is not None
         self._opening_ends = {self._id(end) for end in self.template.ends[int(closed) :]}
         self._deltas: dict[str, tuple[int, list[int]]] = {}
+        self._prompts: dict[str, list[int]] = {}
+        self._texts: dict[tuple[int, ...], str] = {}
 
     def prompt_ids(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
@@ -56,7 +59,13 @@ class ChatCodec:
         Templates explain tools in formats of their own: in another one the task's messages must.
         """
         shown = tools if self.call_format.explained else ()
-        return self._encode(self.template.render(messages, shown, generate=True))
+        key = json.dumps([messages, shown], sort_keys=True, default=str)
+        if key not in self._prompts:
+            if len(self._prompts) >= _LATELY:
+                self._prompts.clear()
+            text = self.template.render(messages, shown, generate=True)
+            self._prompts[key] = self._encode(text)
+        return list(self._prompts[key])
 
     def delta_ids(self, messages: Sequence[Message], ended_by: int | None = None) -> list[int]:
         """The ids between the end of a turn and the next one, with `messages` in between.
@@ -96,8 +105,7 @@ class ChatCodec:
         """A turn's text without its stop token."""
         if token_ids and token_ids[-1] in self.stop_token_ids:
             token_ids = token_ids[:-1]
-        text: str = self.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
-        return text
+        return self._text(token_ids)
 
     def parse(
         self,
@@ -111,7 +119,7 @@ class ChatCodec:
             self.decode(token_ids),
             tools,
             prompt=self._tail(prompt_ids),
-            end=self.tokenizer.decode([token_ids[-1]]) if stopped else "",
+            end=self._text(token_ids[-1:]) if stopped else "",
         )
 
     def _check_format(self) -> None:
@@ -127,8 +135,16 @@ class ChatCodec:
             )
 
     def _tail(self, prompt_ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(prompt_ids[-_TAIL:]))
-        return text
+        return self._text(prompt_ids[-_TAIL:])
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        key = tuple(token_ids)
+        if key not in self._texts:
+            if len(self._texts) >= _LATELY:
+                self._texts.clear()
+            text = self.tokenizer.decode(list(key), clean_up_tokenization_spaces=False)
+            self._texts[key] = text
+        return self._texts[key]
 
     def _begun(self, text: str, prompt_ids: Sequence[int]) -> str:
         """A demonstration's text as it goes on behind a prompt that may have opened thinking."""

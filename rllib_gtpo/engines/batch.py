@@ -202,7 +202,7 @@ class Batch:
         self._active[first:] = [f.call for f in alone] + [f.call for f, _ in copies]
         for row, f in enumerate(alone, first):
             if f.saved is not None and f.start:
-                self._cache.load(row, f.saved.layers, f.start)
+                self._cache.load(row, f.saved.blocks, f.start)
         begin = 0
         while begin < len(alone):
             end = self._part_end(alone, begin)

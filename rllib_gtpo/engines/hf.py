@@ -85,7 +85,8 @@ class HFEngine:
         self._check(request)
         loop = asyncio.get_running_loop()
         self._attach(loop)
-        self._batch.purge()
+        if request.trajectory in self._batch.calls:
+            self._batch.purge()  # a call that was cancelled is still there
         if request.trajectory in self._batch.calls:
             raise EngineError(
                 f"trajectory {request.trajectory!r} has a call pending: await it first, or give "

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-Layers = list[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values [heads, tokens, width] of one trajectory, layer by layer."""
+Blocks = list[torch.Tensor]
+"""Keys and values [..., heads, tokens, width] of one trajectory, layer by layer."""
 
 
 def _power_of_two(n: int, least: int, most: int) -> int:
@@ -45,7 +45,8 @@ class BatchCache(Cache):
 
     def clear(self) -> None:
         """Forgets everything and gives the memory back."""
-        self._stores: Layers = []
+        self._blocks: Blocks = []  # [..., rows, heads, columns, width]
+        self._stores: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values in them
         self.rows = self.columns = 0
 
     @torch.inference_mode()
@@ -62,13 +63,24 @@ class BatchCache(Cache):
         if self.rows * self.columns > self.max_tokens:
             self.rows, self.columns = rows, limit
             kept = min(kept, limit)
-        for i, (keys, values) in enumerate(self._stores):
-            self._stores[i] = grown = (self._allocate(keys), self._allocate(values))
-            for new, old in zip(grown, (keys, values), strict=True):
-                new[:live, :, :kept] = old[:live, :, :kept]
+        blocks, stores = self._blocks, self._stores
+        self._blocks, self._stores = [], []
+        for keys, values in stores:
+            self._allocate(keys, values)
+        for new, old in zip(self._blocks, blocks, strict=True):
+            new[..., :live, :, :kept, :] = old[..., :live, :, :kept, :]
 
-    def _allocate(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_zeros(self.rows, like.shape[1], self.columns, like.shape[3])
+    def _allocate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Makes room for another layer, whose keys and values are like these: in one piece, if they
+        are alike, for a copy of a row costs as much as a call."""
+        shapes = [(self.rows, x.shape[1], self.columns, x.shape[3]) for x in (keys, values)]
+        if shapes[0] == shapes[1]:
+            block = keys.new_zeros(2, *shapes[0])
+            self._blocks.append(block)
+            self._stores.append((block[0], block[1]))
+        else:
+            self._stores.append((keys.new_zeros(shapes[0]), values.new_zeros(shapes[1])))
+            self._blocks += self._stores[-1]
 
     def select(
         self,
@@ -97,7 +109,7 @@ class BatchCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the new keys and values of a layer, returns all that the rows can attend to."""
         if layer_idx == len(self._stores):
-            self._stores.append((self._allocate(key_states), self._allocate(value_states)))
+            self._allocate(key_states, value_states)
         keys, values = self._stores[layer_idx]
         for store, new in ((keys, key_states), (values, value_states)):
             new = new.transpose(1, 2).flatten(0, 1)
@@ -109,23 +121,21 @@ class BatchCache(Cache):
         return self.columns
 
     @torch.inference_mode()
-    def store(self, row: int, length: int) -> Layers:
+    def store(self, row: int, length: int) -> Blocks:
         """A copy of the first `length` columns of a row."""
-        return [(k[row, :, :length].clone(), v[row, :, :length].clone()) for k, v in self._stores]
+        return [block[..., row, :, :length, :].clone() for block in self._blocks]
 
     @torch.inference_mode()
-    def load(self, row: int, layers: Layers, length: int) -> None:
+    def load(self, row: int, saved: Blocks, length: int) -> None:
         """Writes the first `length` columns of a stored row."""
-        for stores, saved in zip(self._stores, layers, strict=True):
-            for store, old in zip(stores, saved, strict=True):
-                store[row, :, :length] = old[:, :length]
+        for block, old in zip(self._blocks, saved, strict=True):
+            block[..., row, :, :length, :] = old[..., :length, :]
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` columns of one row to another."""
-        for stores in self._stores:
-            for store in stores:
-                store[target, :, :length] = store[source, :, :length]
+        for block in self._blocks:
+            block[..., target, :, :length, :] = block[..., source, :, :length, :]
 
 
 @dataclass(slots=True)
@@ -133,7 +143,7 @@ class Saved:
     """The cache of a trajectory that is not in the batch: `ids` are the tokens it covers."""
 
     ids: np.ndarray
-    layers: Layers
+    blocks: Blocks
 
     def common_prefix(self, ids: np.ndarray) -> int:
         """How many leading tokens agree with `ids`."""

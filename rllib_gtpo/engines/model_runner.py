@@ -73,7 +73,9 @@ class ModelRunner:
         self._cuts_logits = any(
             p.name == "logits_to_keep" or p.kind is p.VAR_KEYWORD for p in parameters
         )
-        self._modules = list(model.modules())  # to walk them takes longer than a small layer
+        # To walk over modules or parameters, as for a model's device, takes longer than a layer.
+        self._modules = list(model.modules())
+        self._weight = model.get_input_embeddings().weight
         self._swap = getattr(model, "_supports_attention_backend", False)
         self._parameters = sum(p.numel() for p in model.parameters())
         self.packs = self._can_pack()
@@ -86,7 +88,7 @@ class ModelRunner:
         at every layer, and for as long as a tool's process has their core.
         """
         threads = torch.get_num_threads()
-        small = self.model.device.type == "cpu" and self._parameters * tokens <= ONE_THREAD
+        small = self._weight.device.type == "cpu" and self._parameters * tokens <= ONE_THREAD
         training = [m for m in self._modules if m.training]
         for module in training:
             module.training = False
@@ -166,10 +168,10 @@ class ModelRunner:
 
     def _reach(self, part: Part) -> Reach:
         columns = min(-(-int(part.position_BQ.max() + 1) // 8) * 8, self.cache.columns)
-        return Reach(part, columns, self.model.dtype, self.model.device)
+        return Reach(part, columns, self._weight.dtype, self._weight.device)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._weight.device)
 
     def _can_pack(self) -> bool:
         """Whether a packed row computes what padded ones do.
@@ -181,8 +183,7 @@ class ModelRunner:
         self.packs = False
         if not self._swap or not self._cuts_logits or self._config._attn_implementation == "eager":
             return False
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        first, *others, alone = (np.arange(n) % vocabulary for n in (4, 2, 3, 1))
+        first, *others, alone = (np.arange(n) % len(self._weight) for n in (4, 2, 3, 1))
         own, forwards = self.cache, self.forwards
 
         def logits(packs: bool) -> Tensor:

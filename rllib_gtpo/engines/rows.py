@@ -150,12 +150,16 @@ def grouped_attention(
     batch, heads, length, width = query.shape
     if heads == key.shape[1] or attention_mask is None or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    scale = kwargs.get("scaling")
+    scale = kwargs.get("scaling") or width**-0.5
     if length == 1:
         grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
-        out = F.scaled_dot_product_attention(
-            grouped, key, value, attn_mask=attention_mask, scale=scale
-        )
+        if query.device.type == "cpu" and query.dtype == torch.float32:  # faster than the kernel
+            weights = torch.matmul(grouped * scale, key.transpose(2, 3)).add_(attention_mask)
+            out = torch.matmul(weights.softmax(-1), value)
+        else:
+            out = F.scaled_dot_product_attention(
+                grouped, key, value, attn_mask=attention_mask, scale=scale
+            )
         return out.reshape(batch, 1, heads, value.shape[-1]), None
     if query.device.type != "cpu":  # there, grouped heads with a mask mean the slowest kernel
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
