@@ -108,7 +108,7 @@ class RunDirectory:
         root = path.parent if chosen else path
         if not (root / _RECORD).is_file():
             raise ConfigError(f"{root} is not a run: it has no {_RECORD}")
-        record = _read_record(root / _RECORD)
+        record = read_record(root / _RECORD)
         run = cls(root, record, keep)
         if record.kind == "sweep":
             return run, None
@@ -193,7 +193,8 @@ class RunDirectory:
         )
 
 
-def _read_record(path: Path) -> RunRecord:
+def read_record(path: Path) -> RunRecord:
+    """The contents of a run.json; ConfigError if it is damaged, or of another version."""
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rllib_gtpo.command.checkpoint import held_checkpoint, load_config
-from rllib_gtpo.command.directory import RunRecord, file_hash
+from rllib_gtpo.command.directory import file_hash, read_record
 from rllib_gtpo.command.reading import reading
-from rllib_gtpo.errors import ConfigError
 
 MODULE = Path("learner_group", "learner", "rl_module")
 
@@ -63,7 +62,8 @@ class Policy:
         held = held_checkpoint(source)
         checkpoint = held.__enter__()
         home = checkpoint.absolute().parent
-        record = _record(home / "run.json")
+        there = (home / "run.json").is_file()
+        record = read_record(home / "run.json") if there else None
         file = Path(record.file) if record is not None else None
         config = load_config(checkpoint, file)
         notes = []
@@ -109,15 +109,6 @@ def restore(algorithm: Any, policy: Policy) -> None:
         check_shapes(str(policy.checkpoint.absolute()), None, own)
         algorithm.restore_from_path(str(weights), component=str(MODULE))
         algorithm.progress_made.cold_start_done = True
-
-
-def _record(path: Path) -> RunRecord | None:
-    try:
-        return RunRecord(**json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged: {error}") from error
 
 
 def _iteration(checkpoint: Path) -> int | None:

@@ -25,7 +25,8 @@ OURS = re.compile(r"^(tuned_examples|release|tests|docs|envs|rllib_gtpo)/[\w./-]
 
 
 CHEAP = re.compile(
-    r"rllib (example (list|get)\b|train .* --dry-run\b|--version|report runs/calculator)"
+    r"rllib (example (list|get)\b|train .* --dry-run\b|--version|report runs/calculator"
+    r"|evaluate \S+\.parquet\b)"
 )
 """Commands that are run, where the page's directory is the current one."""
 

@@ -21,6 +21,7 @@ from rllib_gtpo.types import ToolError
 from rllib_gtpo_envs import Calculator
 from tests.docs.commands import check_command
 from tests.docs.pages import PAGES, ROOT, blocks, run_python
+from tests.evaluations.samples import write_results
 from tests.record.samples import write_record
 
 LANGUAGES = {"python", "bash", "yaml", "text", "json"}
@@ -42,9 +43,10 @@ def kept(registry):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Where pages are run: there is a run."""
+    """Where pages are run: there is a run, which was evaluated."""
     where = tmp_path_factory.mktemp("pages")
     write_record(where / "runs" / "calculator", iterations=2)
+    write_results(where / "runs" / "calculator")
     return where
 
 

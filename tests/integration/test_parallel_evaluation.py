@@ -131,7 +131,6 @@ def own_evaluation(algorithm, runners):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.rollouts(engine="vllm"), "engines are those of the training"),
         (lambda c: c.env_runners(create_local_env_runner=False), "that is restarted gets"),
         (
             lambda c: c.evaluation(custom_evaluation_function=own_evaluation),
@@ -147,3 +146,12 @@ def test_what_does_not_go_with_it(change, message):
     config.validate()
     with pytest.raises((ConfigError, ValueError), match=message):
         change(config).validate()
+
+
+def test_nor_does_vllm(monkeypatch):
+    """Whether it is installed or not."""
+    monkeypatch.setattr("rllib_gtpo.checks.check_vllm", lambda config: None)
+    config = GTPOConfig().rollouts(engine="vllm")
+    config.evaluation(evaluation_num_env_runners=1, evaluation_parallel_to_training=True)
+    with pytest.raises(ConfigError, match="engines are those of the training"):
+        config.validate()
