@@ -329,7 +329,10 @@ def test_bad_python_file(tmp_path, capsys, monkeypatch, text, message):
         (["--override", "lr.x=1"], "'lr' is 0.0001, not a mapping"),
         (["--override", "lr"], "--override takes KEY=VALUE, not 'lr'"),
         (["--stop", "a=b"], "the threshold of 'a' must be a number, not 'b'"),
-        (["--resume", "nowhere"], "nowhere is not a run: it has no run.json"),
+        (["--resume", "nowhere"], "there is no directory nowhere"),
+        (["--resume", "."], ". is not a run: it has no run.json"),
+        (["--all"], "add --dry-run"),
+        (["--ray-address", "auto", "--num-cpus", "1"], "leave out them or --ray-address"),
     ],
 )
 def test_bad_options(tmp_path, capsys, monkeypatch, options, message):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 
 from rllib_gtpo.cli import main
+from rllib_gtpo.command.directory import RunDirectory, RunRecord
 from rllib_gtpo.command.export import export
+from rllib_gtpo.command.ray_session import ray_session
+from rllib_gtpo.command.run import RunOptions
 from rllib_gtpo.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -106,6 +110,34 @@ def test_a_damaged_checkpoint_is_told_with_what_else_there_is(run, capsys):
     (run / "checkpoint_000003" / "progress.json").write_text('{"metrics"')
     assert main([*NAMES, "--resume", "r"]) == 2
     assert "r/checkpoint_000003/progress.json is damaged" in capsys.readouterr().err
+
+
+def test_a_run_that_did_not_begin_leaves_its_directory_free(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    directory = RunDirectory.create(Path("r"), RunRecord("", "", "n", "PPO"))
+    assert RunDirectory.create(Path("r"), directory.record).path == Path("r")
+    (tmp_path / "r" / "params.json").write_text("{}")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        RunDirectory.create(Path("r"), directory.record)
+    assert main([*NAMES, "--resume", "rr"]) == 2
+    assert "there is no directory rr; did you mean 'r'?" in capsys.readouterr().err
+    assert main(["train", "file", "r"]) == 2
+    assert "r is a directory: name a .py or .yaml file" in capsys.readouterr().err
+
+
+def test_a_cluster_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: None)  # of the session of the tests
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for option, variable in ((address, ""), (None, f"ray://{address}")):
+            monkeypatch.setenv("RAY_ADDRESS", variable)
+            with (
+                pytest.raises(ConfigError, match=f"no Ray cluster answers at .*{address}"),
+                ray_session({}, RunOptions(ray_address=option)),
+            ):
+                pass
 
 
 def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):

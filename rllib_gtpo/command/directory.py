@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rllib_gtpo.command.locks import delete_unless_kept
+from rllib_gtpo.command.stopping import hint
 from rllib_gtpo.errors import ConfigError, GTPOError
 
 _NAME = re.compile(r"checkpoint_(\d{6,})(?:-(\d+))?")
@@ -90,8 +91,8 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, record: RunRecord, keep: int = 2) -> RunDirectory:
-        """Makes the directory; refuses one that already holds a run."""
-        if (path / _RECORD).exists():
+        """Makes the directory; refuses one that already holds a run that began."""
+        if (path / _RECORD).exists() and len(list(path.iterdir())) > 1:
             raise ConfigError(f"{path} already holds a run: continue it with --resume {path}")
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -106,6 +107,9 @@ class RunDirectory:
         """Opens RUN or RUN/checkpoint_N; also the checkpoint to continue from (None: a sweep)."""
         chosen = path if _NAME.fullmatch(path.name) else None
         root = path.parent if chosen else path
+        if not path.exists():
+            siblings = [p.name for p in path.parent.glob("*")]
+            raise ConfigError(f"there is no directory {path}{hint(path.name, siblings)}")
         if not (root / _RECORD).is_file():
             raise ConfigError(f"{root} is not a run: it has no {_RECORD}")
         record = read_record(root / _RECORD)

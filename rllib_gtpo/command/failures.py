@@ -37,7 +37,8 @@ def guarded(command: Callable[[], int], debug: bool = False) -> int:
             return command()
         finally:
             flush_stdout()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # training has a Stopper, so this is before or after it
+        print("interrupted", file=sys.stderr)
         return SIGINT_EXIT
     except BrokenPipeError:
         mute_stdout()

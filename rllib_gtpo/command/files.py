@@ -63,6 +63,8 @@ def load_experiment(path: Path) -> Experiment:
         ConfigError: The file is missing or broken, or a name in it is unknown.
     """
     if not path.is_file():
+        if path.is_dir():
+            raise ConfigError(f"{path} is a directory: name a .py or .yaml file in it")
         near_by = [p.name for p in path.parent.glob("*") if p.suffix in (".py", ".yaml", ".yml")]
         raise ConfigError(f"there is no file {path}{hint(path.name, near_by)}")
     if path.suffix == ".py":

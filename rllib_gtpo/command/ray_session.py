@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,6 +12,9 @@ from rllib_gtpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+
+
+_CONNECT_S = 10.0
 
 
 class SessionOptions(Protocol):
@@ -49,13 +53,30 @@ def ray_session(needs: Mapping[str, float], options: SessionOptions) -> Iterator
         yield
         return
     try:
-        if options.ray_address:
-            ray.init(address=options.ray_address, logging_level="WARNING")
+        address = options.ray_address or os.environ.get("RAY_ADDRESS")
+        if address:
+            _connect(address)
         else:
             _start(needs, options)
         yield
     finally:
         ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    """Ray itself tries for minutes to reach what is not there."""
+    import ray
+
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if host and port.isdigit():
+            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+        ray.init(address=address, logging_level="WARNING")
+    except OSError as error:  # ConnectionError is one
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: {error}; `ray start --head` starts one and says "
+            "its address, and without --ray-address and RAY_ADDRESS Ray starts with the command"
+        ) from error
 
 
 def _start(needs: Mapping[str, float], options: SessionOptions) -> None:
