@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rllib_gtpo.command.locks import delete_unless_kept
+from rllib_gtpo.command.locks import LOCK_FILE, delete_unless_kept
 from rllib_gtpo.command.stopping import hint
 from rllib_gtpo.errors import ConfigError, GTPOError
 
@@ -92,7 +92,8 @@ class RunDirectory:
     @classmethod
     def create(cls, path: Path, record: RunRecord, keep: int = 2) -> RunDirectory:
         """Makes the directory; refuses one that already holds a run that began."""
-        if (path / _RECORD).exists() and len(list(path.iterdir())) > 1:
+        began = (path / _RECORD).exists() and {*os.listdir(path)} - {_RECORD, LOCK_FILE}
+        if began:
             raise ConfigError(f"{path} already holds a run: continue it with --resume {path}")
         try:
             path.mkdir(parents=True, exist_ok=True)
