@@ -204,6 +204,9 @@ class GTPO(Algorithm):
             evaluated = self._run_one_evaluation()
         finally:
             self.train_meanwhile = None
+        if not trained:
+            self._evaluation_left = False
+            raise Interrupted("stopped in the middle of an iteration's rollouts")
         results, context = trained[0]
         timers = results["timers"]  # that of the evaluation had no value yet
         results["timers"] = {name: value for name, value in timers.items() if value == value}

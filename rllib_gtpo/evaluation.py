@@ -8,7 +8,7 @@ metrics `avg@k`, `pass@k` and `maj@k` say more than the accuracy; see rllib_gtpo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 from rllib_gtpo.at_k import compute_at_k
 from rllib_gtpo.checks import evaluation_splits
 from rllib_gtpo.episodes import groups_of
-from rllib_gtpo.errors import ConfigError, DataError
+from rllib_gtpo.errors import ConfigError, DataError, Interrupted
 from rllib_gtpo.group_rollout import GroupJob
 from rllib_gtpo.metrics import nested, rollout_metrics
 from rllib_gtpo.progress import Progress, RolloutProgress
@@ -88,10 +88,13 @@ def sample_while_training(
     if train is None:
         return sample()
     executor = ThreadPoolExecutor(1, thread_name_prefix="evaluation")
+    sampling = executor.submit(sample)
     try:
-        sampling = executor.submit(sample)
         train()
         return sampling.result()
+    except Interrupted:
+        wait([sampling])  # it has been asked to stop, too
+        raise
     finally:
         executor.shutdown(wait=False)  # an error or Ctrl-C is not to wait for rollouts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from rllib_gtpo import GTPOConfig
 from rllib_gtpo.cli import main
-from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.errors import ConfigError, Interrupted
 from rllib_gtpo.metrics import nested
 from tests.tasks import Adder
 
@@ -21,11 +22,16 @@ class Meet(RLlibCallback):
     """Training and evaluation wait for each other's first episode: in vain, if one of both only
     starts when the other is over."""
 
+    def on_episode_step(self, *, env_runner, **kwargs):
+        if not env_runner.config.in_evaluation:
+            time.sleep(env_runner.config.env_config.get("nap", 0))
+
     def on_episode_end(self, *, env_runner, **kwargs):
         folder = env_runner.config.env_config.get("meet")
+        evaluates = env_runner.config.in_evaluation
         if folder is None:
             return
-        own, other = ("b", "a") if env_runner.config.in_evaluation else ("a", "b")
+        own, other = ("b", "a") if evaluates else ("a", "b")
         Path(folder, own).touch()
         deadline = time.monotonic() + 60
         while not Path(folder, other).exists():
@@ -33,9 +39,8 @@ class Meet(RLlibCallback):
             time.sleep(0.01)
 
 
-def trained(model, parallel, env_config):
-    """The results of each iteration, and what training was behind the last evaluation."""
-    config = (
+def configured(model, parallel, env_config):
+    return (
         GTPOConfig()
         .environment(Adder, env_config=env_config)
         .language_model(model=model)
@@ -52,7 +57,11 @@ def trained(model, parallel, env_config):
         .reporting(progress=False)
         .debugging(seed=3, deterministic=True)
     )
-    algorithm = config.build_algo()
+
+
+def trained(*settings):
+    """The results of each iteration, and what training was behind the last evaluation."""
+    algorithm = configured(*settings).build_algo()
     results = [algorithm.train() for _ in range(3)]
     evaluated = algorithm._evaluated
     algorithm.stop()
@@ -93,6 +102,20 @@ def test_its_timers_are_numbers(runs):
     """Also those that have not ended when the iteration has."""
     for result in runs[True][0]:
         assert not any(map(math.isnan, result["timers"].values()))
+
+
+def test_a_stop_leaves_both(adder_model):
+    """In the middle of the training's rollouts; then it goes on as if nothing had been."""
+    algorithm = configured(adder_model, True, {"nap": 0.1}).build_algo()
+    timer = threading.Timer(0.5, algorithm.request_stop)
+    timer.start()
+    with pytest.raises(Interrupted):
+        algorithm.train()
+    algorithm.config.env_config["nap"] = 0
+    result = algorithm.train()
+    algorithm.stop()
+    assert result["evaluation"]["weights"]["version"] == 0
+    assert result["training_iteration"] == 1 and result["tokens"]["sampled"] > 0
 
 
 def test_a_run_with_a_cold_start_shows_it(adder_model, tmp_path, capsys):
