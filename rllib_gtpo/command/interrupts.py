@@ -18,9 +18,13 @@ class Stopper:
     """Collects requests to stop; a context manager that owns the two signal handlers.
 
     `code` is 0 until somebody asks, then the exit code of whoever asked first.
+
+    Args:
+        doing: What the program does after the first signal, for people.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str = "finishing this step, then saving") -> None:
+        self._doing = doing
         self.code = 0
         self._signals = 0
         self._algo: Any = None
@@ -65,7 +69,7 @@ class Stopper:
         code = SIGINT_EXIT if number == signal.SIGINT else SIGTERM_EXIT
         if self._signals == 1:
             # os.write, because print() from a handler may re-enter a print() it interrupted.
-            line = "\nfinishing this step, then saving; press Ctrl-C again to quit at once\n"
+            line = f"\n{self._doing}; press Ctrl-C again to quit at once\n"
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())
             self.request(code)
         elif self._signals == 2:

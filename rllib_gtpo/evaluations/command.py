@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rllib_gtpo.command.interrupts import SIGTERM_EXIT
+from rllib_gtpo.command.interrupts import Stopper
 from rllib_gtpo.command.ray_session import check_resources, ray_session
-from rllib_gtpo.errors import ConfigError
+from rllib_gtpo.errors import ConfigError, Interrupted
 from rllib_gtpo.evaluations.comparison import AVERAGE, compare, differing_settings, metric_of
 from rllib_gtpo.evaluations.policy import Policy
 from rllib_gtpo.evaluations.protocol import Protocol, evaluation_settings
@@ -72,9 +69,10 @@ def evaluate(source: str, options: EvaluateOptions) -> int:
     named = [source] if options.compare is None else [source, options.compare]
     with redirect_stdout(sys.stderr) if options.as_json else nullcontext():
         sides = [_open(name, options) for name in named]
-        _evaluate(sides, options)
-    _print(sides, options)
-    return 0
+        code = _evaluate(sides, options)
+    if code == 0:
+        _print(sides, options)
+    return code
 
 
 def _open(name: str, options: EvaluateOptions) -> Side:
@@ -94,8 +92,12 @@ def _open(name: str, options: EvaluateOptions) -> Side:
     return Side(name, policy=policy)
 
 
-def _evaluate(sides: list[Side], options: EvaluateOptions) -> None:
-    """Evaluates the policies, all by one protocol: a file's, or that of the first of them."""
+def _evaluate(sides: list[Side], options: EvaluateOptions) -> int:
+    """Evaluates the policies, all by one protocol: a file's, or that of the first of them.
+
+    Returns:
+        0, or the exit code of the signal that stopped it.
+    """
     protocol = options.protocol
     known = next((side.results for side in sides if side.results is not None), None)
     if known is not None and len(sides) > 1:
@@ -110,18 +112,20 @@ def _evaluate(sides: list[Side], options: EvaluateOptions) -> None:
         for resource, amount in check_resources(side.settings).items():
             needs[resource] = max(needs.get(resource, 0.0), amount)
     if not waiting:
-        return
-    with ray_session(needs, options), _sigterm():
+        return 0
+    stopper = Stopper("stopping; results that are written stay")
+    with ray_session(needs, options), stopper, suppress(Interrupted):
         for side, policy in waiting:
             if not policy.is_language_model:
                 side.numbers = evaluate_episodes(policy, side.settings)
                 continue
-            evaluated = evaluate_tasks(policy, side.settings, protocol)
+            evaluated = evaluate_tasks(policy, side.settings, protocol, stopper)
             side.results = evaluated.results
             place = Location.of(options.out or policy.home / DIRECTORY)
             side.written, side.records = write_results(
                 evaluated, policy, side.settings, place, options.record
             )
+    return stopper.code
 
 
 def _print(sides: list[Side], options: EvaluateOptions) -> None:
@@ -157,20 +161,3 @@ def _print(sides: list[Side], options: EvaluateOptions) -> None:
         for path in [side.written, *side.records]:
             if path is not None:
                 print(path)
-
-
-@contextmanager
-def _sigterm() -> Iterator[None]:
-    """SIGTERM ends the program in order; Ray's own handler has another exit code."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(*_: Any) -> None:
-        sys.exit(SIGTERM_EXIT)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rllib_gtpo.command.interrupts import Stopper
 from rllib_gtpo.evaluations.policy import Policy, built, restore
 from rllib_gtpo.evaluations.protocol import Protocol, recorded_settings
 from rllib_gtpo.evaluations.results import Results, prompt_text, task_rows
@@ -26,10 +27,13 @@ class Evaluated:
     episodes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
-def evaluate_tasks(policy: Policy, settings: Any, protocol: Protocol) -> Evaluated:
+def evaluate_tasks(
+    policy: Policy, settings: Any, protocol: Protocol, stopper: Stopper
+) -> Evaluated:
     """Rolls out the tasks of `settings` with the weights of a policy.
 
     Raises:
+        Interrupted: The stopper was asked to stop.
         ConfigError, DataError: See `restore`, and the environment's own.
     """
     from ray.rllib.env.env_context import EnvContext
@@ -40,6 +44,7 @@ def evaluate_tasks(policy: Policy, settings: Any, protocol: Protocol) -> Evaluat
     from rllib_gtpo.text_env import as_tool_env
 
     with built(settings) as algorithm:
+        stopper.attach(algorithm)
         restore(algorithm, policy)
         runners = algorithm.eval_env_runner_group
         runners.sync_weights(

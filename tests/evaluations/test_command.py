@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,7 @@ from rllib_gtpo import record
 from rllib_gtpo.cli import main
 from rllib_gtpo.evaluations import Results
 
+ROOT = Path(__file__).parents[2]
 FILE = """\
 from rllib_gtpo import GTPOConfig
 from tests.tasks import Adder
@@ -185,3 +191,29 @@ def test_another_algorithm_is_evaluated_on_episodes(ray_session, capsys, tmp_pat
     source = tmp_path / "checkpoint"
     assert "--split has no effect on PPO" in refused(capsys, source, "--split", "test")
     assert "leave --compare out" in refused(capsys, source, "--compare", source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_in_order(run, tmp_path, number, code):
+    """Within rollouts that would take minutes; nothing is written, and no traceback printed."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "envs")))
+    options = ["--samples-per-task", "20000", "--out", str(tmp_path / "out"), "--num-cpus", "2"]
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rllib_gtpo.cli", "evaluate", str(run), *options],
+            env={**os.environ, "PYTHONPATH": path, "RAY_ADDRESS": "local"},
+            stdout=subprocess.PIPE,
+            stderr=file,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        began = time.monotonic()
+        while "Loading weights" not in errors.read_text() and time.monotonic() - began < 120:
+            time.sleep(0.2)
+        time.sleep(3)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "stopping" in errors.read_text() and "Traceback" not in errors.read_text()
+    assert out == b"" and not (tmp_path / "out").exists()
