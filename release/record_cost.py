@@ -120,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
                 times.append(seconds)
                 if algorithm is recording:
                     results.append(result)
+        for algorithm in (recording, silent):
+            algorithm.stop()
         events = seconds_of_events(Path(folder) / "run", results)
         written = [file.stat().st_size for file in Path(folder).glob("run/record/*.parquet")]
         report.add(
@@ -136,8 +138,6 @@ def main(argv: list[str] | None = None) -> int:
                 "file_kb": median(written) / 1e3,
             }
         )
-        for algorithm in (recording, silent):
-            algorithm.stop()
     return report.finish(args.json)
 
 

@@ -135,11 +135,12 @@ def _tuner(
     path = run.path.absolute()
     if hasattr(experiment.config, "progress"):
         experiment.config.progress = False  # the bars of several trials would mix
+    Thresholds.criteria = criteria
     loggers = [*experiment.callbacks, TrialLogs()]
     run_config = tune.RunConfig(
         name=_TUNE_DIRECTORY,
         storage_path=str(path),
-        stop=Thresholds(criteria),
+        stop=Thresholds(),
         failure_config=tune.FailureConfig(max_failures=options.max_failures),
         checkpoint_config=tune.CheckpointConfig(
             checkpoint_frequency=checkpoint_frequency(
@@ -176,9 +177,8 @@ def _tuner(
         ) from error
     # Tune would go on with pickled copies of the old ones.
     restored = tuner._local_tuner._run_config
-    restored.stop, restored.callbacks = run_config.stop, run_config.callbacks
+    restored.callbacks, restored.verbose = run_config.callbacks, run_config.verbose
     restored.failure_config = run_config.failure_config
-    restored.verbose = run_config.verbose
     return tuner
 
 

@@ -6,7 +6,7 @@ import copy
 import signal
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial as TuneTrial
@@ -22,15 +22,23 @@ _LINE_EVERY_S = 10.0  # of one trial
 
 
 class Thresholds(Stopper):  # type: ignore[misc]
-    """The stop criteria of single runs, for each trial."""
+    """The stop criteria of single runs, for each trial.
 
-    def __init__(self, criteria: StopCriteria) -> None:
-        self._criteria = criteria
+    A sweep that goes on gets back the object that Tune saved; the criteria that it takes are those
+    of this process.
+    """
+
+    criteria: ClassVar[StopCriteria]
+
+    def __init__(self) -> None:
         self._by_trial: dict[str, StopCriteria] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_by_trial": {}}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Whether a trial is done; ConfigError, which ends the sweep, for an unknown metric."""
-        criteria = self._by_trial.setdefault(trial_id, copy.copy(self._criteria))
+        criteria = self._by_trial.setdefault(trial_id, copy.copy(self.criteria))
         metrics = numbers(result)
         criteria.check_known(metrics)
         reason = criteria.reached(metrics)
