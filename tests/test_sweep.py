@@ -269,6 +269,9 @@ def test_the_examples_are_sweeps():
         assert goal_of(experiment.config, experiment.tune_config) == Goal("accuracy", "max")
         assert len(list(variants_of(experiment))) == variants
     assert experiment.num_samples == 6
+    experiment.config.learners(num_learners=2, num_cpus_per_learner=0.25, num_gpus_per_learner=0.2)
+    experiment.config.env_runners(num_env_runners=2, num_cpus_per_env_runner=0.25)
+    assert check(experiment) == pytest.approx({"CPU": 1.5, "GPU": 0.4})
 
 
 def variants_of(experiment):
