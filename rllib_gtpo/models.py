@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rllib_gtpo.errors import ChatTemplateError, ConfigError, did_you_mean, refuse_unknown_keys
+from rllib_gtpo.progress import draw_bars_only_on_terminals
 
 TINY_QWEN2: dict[str, Any] = {
     "model_type": "qwen2",
@@ -255,6 +256,7 @@ def from_pretrained(auto_class: str, source: str, **options: Any) -> Any:
     """What a class of transformers loads from a directory or hub id; ConfigError if it cannot."""
     import transformers
 
+    draw_bars_only_on_terminals()
     local = is_local(source)
     path = str(Path(source).expanduser()) if local else source
     what = "tokenizer" if auto_class == "AutoTokenizer" else "model"

@@ -20,6 +20,14 @@ def can_draw() -> bool:
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def draw_bars_only_on_terminals() -> None:
+    """Of transformers, whose bars would be lines without end in a file."""
+    from transformers.utils import logging
+
+    if not can_draw():
+        logging.disable_progress_bar()
+
+
 class Progress:
     """A bar over `total` steps; without a terminal it prints a line every half minute instead."""
 

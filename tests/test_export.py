@@ -105,8 +105,12 @@ def test_what_fails_midway_leaves_nothing(trained, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_another_dtype(trained, tmp_path):
-    export(trained[0], tmp_path / "half", dtype="bfloat16")
+def test_another_dtype_and_one_line_that_says_so(trained, tmp_path, capfd):
+    target = tmp_path / "half"
+    assert main(["export", str(trained[0]), str(target), "--dtype", "bfloat16"]) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("exported ") and out.count("\n") == 1
+    assert "Writing model shards" not in err  # there is no terminal
     assert load(tmp_path / "half").dtype is torch.bfloat16
 
 

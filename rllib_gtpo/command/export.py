@@ -15,6 +15,7 @@ from rllib_gtpo.command.reading import reading
 from rllib_gtpo.errors import ConfigError, GTPOError
 from rllib_gtpo.lora import BASE_MARK, adapter_files, merge
 from rllib_gtpo.models import is_local
+from rllib_gtpo.progress import draw_bars_only_on_terminals
 
 MODULE = Path("learner_group", "learner", "rl_module", "default_policy")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -155,6 +156,7 @@ def _save_model(module: Any, folder: Path, config: Any, codec: Any, dtype: str |
     model = model.to(wanted)
     model.generation_config.eos_token_id = list(codec.stop_token_ids)
     model.generation_config.pad_token_id = codec.tokenizer.pad_token_id
+    draw_bars_only_on_terminals()
     model.save_pretrained(folder)
     return int(model.num_parameters())
 
