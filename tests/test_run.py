@@ -15,6 +15,7 @@ import pytest
 
 from rllib_gtpo.cli import main
 from rllib_gtpo.command.directory import RunDirectory, SaveError
+from tests.disks import small_disk
 
 # A run uses the Ray session that is there, so the tests start Ray once.
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -237,6 +238,40 @@ def test_failure_in_training_exits_1_and_names_the_last_checkpoint(folder, capsy
     assert f"last good checkpoint: {folder / 'r' / 'checkpoint_000001'}" in captured.err
 
 
+def test_a_failure_begins_again_from_the_last_checkpoint(folder, capsys):
+    text = PYTHON.replace(
+        "        super().training_step()\n",
+        "        if self.iteration == 1 and Task.lost < 2:\n"
+        "            Task.lost += 1\n"
+        "            raise RuntimeError('the engine is lost')\n"
+        "        super().training_step()\n",
+    ).replace("    asked = False\n", "    asked = False\n    lost = 0\n")
+    (folder / "task.py").write_text(text)
+    options = ["--checkpoint-freq", "1", "--stop", "training_iteration=3"]
+    assert train("task.py", *options, "--max-failures", "2", "--out", "r") == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("warning: RuntimeError: the engine is lost") == 2
+    assert captured.err.count("starting again from checkpoint_000001") == 2
+    assert [r["training_iteration"] for r in rows(folder / "r")] == [1, 2, 3]
+    assert [r["run"]["failures"] for r in rows(folder / "r")] == [0, 2, 2]
+    assert json.loads((folder / "r" / "run.json").read_text())["failures"] == 2
+
+    assert train("task.py", *options, "--max-failures", "1", "--out", "s") == 1
+    assert "last good checkpoint" in capsys.readouterr().err
+
+
+def test_checkpoints_by_the_clock(folder, capsys):
+    (folder / "task.py").write_text(PYTHON + "checkpoint_freq = 0\ncheckpoint_minutes = 1e-6\n")
+    assert train("task.py", "--out", "r", "--keep", "9", "--stop", "training_iteration=3") == 0
+    assert len(checkpoints(folder / "r")) == 3
+    options = ["--keep", "9", "--checkpoint-minutes", "9"]
+    assert train("task.py", "--out", "s", *options, "--stop", "training_iteration=3") == 0
+    assert checkpoints(folder / "s") == ["checkpoint_000003"]
+    (folder / "task.py").write_text(PYTHON + "checkpoint_minutes = 'often'\n")
+    assert train("task.py") == 2
+    assert "checkpoint_minutes must be a number of at least 0" in capsys.readouterr().err
+
+
 def test_full_disk_by_injected_error(tmp_path):
     """ENOSPC from the file system; also as torch reports it.  Needs no training."""
     from rllib_gtpo.command.directory import RunRecord
@@ -270,25 +305,19 @@ def test_full_disk_by_injected_error(tmp_path):
 
 def test_full_disk_for_real(folder, capsys):
     """Iteration 3 fills a small file system: training goes on, the final save says exit code 3."""
-    disk = folder / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
-        wish = ["--override", f"env_config.fill={disk}", "--stop", "training_iteration=5"]
+    with small_disk(folder / "disk", 4) as disk:
+        run = disk.path / "r"
+        wish = ["--override", f"env_config.fill={disk.path}", "--stop", "training_iteration=5"]
         assert train("task.py", "--out", "disk/r", "--checkpoint-freq", "1", *wish) == 3
         captured = capsys.readouterr()
         assert "line 5" in captured.out
         assert captured.err.count("training goes on") == 2
-        last = disk / "r" / "checkpoint_000002"
-        assert f"last good checkpoint: {last}" in captured.err
-        assert not list((disk / "r").glob("*.tmp-*"))
-        (disk / "filler").unlink()
+        assert f"last good checkpoint: {run / 'checkpoint_000002'}" in captured.err
+        assert not list(run.glob("*.tmp-*"))
+        assert rows(run)[-1]["run"] == {"failures": 0, "failed_saves": 2}
+        disk.free()
         rest = ["--override", "env_config.fill=null", "--stop", "training_iteration=3"]
         assert train("task.py", "--resume", "disk/r", *rest) == 0
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 class Process:

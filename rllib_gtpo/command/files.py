@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
 _OWN_ALGORITHMS = ("GTPO", "GRPO", "SFT")
-_YAML_KEYS = ("run", "env", "config", "stop", "num_samples", "checkpoint_freq")
+_YAML_KEYS = (
+    *("run", "env", "config", "stop", "num_samples"),
+    *("checkpoint_freq", "checkpoint_minutes"),
+)
 
 
 @dataclass
@@ -157,7 +160,7 @@ def _load_python(path: Path) -> Experiment:
     if not isinstance(stop, dict):
         raise ConfigError(f"{path}: `stop` must be a dict, not {type(stop).__name__}")
     places = Places(str(path))
-    given = {key: getattr(module, key, None) for key in ("num_samples", "checkpoint_freq")}
+    given = vars(module)
     _number(given, "num_samples", -1, places)  # -1: Tune's word for without end
     tune_config, callbacks, num_samples = read_tuning(module, path)
     # A copy: overrides must not leak into a module that somebody imports again.

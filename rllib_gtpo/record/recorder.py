@@ -54,6 +54,7 @@ class Recorder:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="record")
         self._pending: Future[None] | None = None
         self._warned = False
+        self._unwritten = 0  # iterations
         if settings.path is not None:
             Location.of(settings.path).make()  # what is wrong with it is to be known at the start
 
@@ -109,6 +110,7 @@ class Recorder:
             self._warn(error)
         return {
             "record/trajectories": float(len(recorded)),
+            "record/unwritten": float(self._unwritten),
             "time/record_s": time.perf_counter() - began,
         }
 
@@ -122,6 +124,7 @@ class Recorder:
             self._warn(error)
 
     def _warn(self, error: Exception) -> None:
+        self._unwritten += 1
         if not self._warned:
             print(f"warning: the record is not being written: {error}", file=sys.stderr)
         self._warned = True
