@@ -31,6 +31,7 @@ from rllib_gtpo.engines.vllm.settings import SHARED_MEMORY
 from rllib_gtpo.episodes import trajectory_of
 from rllib_gtpo.errors import Interrupted
 from rllib_gtpo.group_rollout import GroupJob
+from rllib_gtpo.interruption import end_lost
 from rllib_gtpo.metrics import (
     fault_metrics,
     rollout_metrics,
@@ -156,6 +157,9 @@ class GTPO(Algorithm):
 
     def cleanup(self) -> None:
         """RLlib's, and the engines."""
+        for runners in (self.env_runner_group, self.eval_env_runner_group):
+            if runners is not None:
+                end_lost(runners)
         super().cleanup()
         if self._recorder is not None:
             self._recorder.close()

@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+import ray
+
 from rllib_gtpo.errors import Interrupted
 
 LOOK_EVERY_S = 0.2
@@ -46,12 +48,23 @@ def call_each(
 
     Raises:
         Interrupted: `stop` said so.  The runners go on with their calls, whose results are dropped.
+            Until they answer again they count as lost, so that nothing else waits for them.
     """
     tag = uuid.uuid4().hex
     runners.foreach_env_runner_async(list(calls), tag=tag, remote_worker_ids=list(ids))
     results: list[tuple[int, Any]] = []
-    while runners._worker_manager.num_outstanding_async_reqs(tag):
+    manager = runners._worker_manager
+    while manager.num_outstanding_async_reqs(tag):
         results += runners.fetch_ready_async_reqs(tags=tag, timeout_seconds=LOOK_EVERY_S)
         if stop():
+            for number in ids:
+                manager.set_actor_state(number, healthy=False)
             raise Interrupted(_LEFT, changed=False)
     return [result for _, result in sorted(results, key=lambda each: each[0])]
+
+
+def end_lost(runners: Any) -> None:
+    """Ends the env runners that count as lost; RLlib would wait for their answer first."""
+    manager = runners._worker_manager
+    for number in set(manager.actor_ids()) - set(manager.healthy_actor_ids()):
+        ray.kill(manager.remove_actor(number))

@@ -97,6 +97,11 @@ def _frame(resolved: Resolved, options: RunOptions) -> Iterator[_Leaf]:
     elif experiment.checkpoint_freq is not None:
         place = leaf(frequency, "checkpoint_freq").place
     yield _Leaf(("checkpoint_freq",), frequency, place)
+    if options.checkpoint_minutes is not None:
+        minutes = options.checkpoint_minutes
+        yield _Leaf(("checkpoint_minutes",), minutes, f"--checkpoint-minutes {minutes:g}")
+    elif experiment.checkpoint_minutes is not None:
+        yield leaf(experiment.checkpoint_minutes, "checkpoint_minutes")
 
 
 def _settings(experiment: Experiment) -> Iterator[_Leaf]:
