@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "envs"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import ray
 from results import Report
 
 from rllib_gtpo import GTPOConfig
@@ -104,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     report = Report("record_cost", THRESHOLDS, [SEED])
+    ray_was_there = ray.is_initialized()
     with tempfile.TemporaryDirectory() as folder:
         recording = build(1.0, Path(folder) / "run", args.cold_start)
         silent = build("none", folder, args.cold_start)
@@ -122,6 +124,8 @@ def main(argv: list[str] | None = None) -> int:
                     results.append(result)
         for algorithm in (recording, silent):
             algorithm.stop()
+        if not ray_was_there:
+            ray.shutdown()  # its threads take time, too
         events = seconds_of_events(Path(folder) / "run", results)
         written = [file.stat().st_size for file in Path(folder).glob("run/record/*.parquet")]
         report.add(

@@ -42,7 +42,7 @@ class IterationFile:
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows, or some columns of them."""
         with self.location.filesystem.open_input_file(f"{self.location.path}/{self.name}") as file:
-            return pq.read_table(file, columns=None if columns is None else list(columns))
+            return pq.ParquetFile(file).read(None if columns is None else list(columns))
 
 
 def record_files(
