@@ -90,6 +90,35 @@ def test_the_numbers_are_those_of_an_evaluation_during_training(run, capsys):
         assert found["numbers"]["validation"][name] == pytest.approx(expected[name])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.language_model(lora={"rank": 4, "alpha": 8}),
+        pytest.param(
+            lambda c: c.learners(num_learners=2, strategy="fsdp2"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["lora", "fsdp2"],
+)
+def test_it_does_not_matter_what_it_was_trained_with(adder_config, capsys, tmp_path, change):
+    """Results are those that the training run's own evaluation had of the same weights."""
+    config = adder_config(group_size=2, groups_per_step=2).evaluation(
+        evaluation_interval=1, samples_per_task=4, evaluation_duration=24
+    )
+    change(config)
+    algorithm = config.build_algo()
+    expected = algorithm.train()["evaluation"]
+    checkpoint = tmp_path / "checkpoint_000001"
+    algorithm.save_to_path(str(checkpoint))
+    algorithm.stop()
+    [found] = evaluated(capsys, checkpoint, "--tasks", 6)["evaluations"]
+    numbers = found["numbers"]["validation"]
+    assert 0 < numbers["avg@4"] == pytest.approx(expected["avg@4"])
+    for name in ("maj@4", "pass@2", "tasks"):
+        assert numbers[name] == pytest.approx(expected[name])
+    assert numbers["turn/per_trajectory"] == pytest.approx(expected["turn"]["per_trajectory"])
+
+
 def test_other_splits_samples_environments_and_places(run, capsys, tmp_path):
     options = ["--split", "test", "--split", "train", "--samples-per-task", 2, "--tasks", 3]
     options += ["--env", "tests.tasks.Adder", "--override", "env_config.count=2"]
