@@ -161,8 +161,8 @@ def _round(
     """One call to each healthy runner; returns the positions that are done with.
 
     It is made when all have the weights that were sent to them, or are known to have failed: RLlib
-    does not look at what becomes of these calls, and on a busy machine one may be lost while an
-    actor starts.
+    does not look at what becomes of these calls, and on a busy machine a later one has been served
+    without.
     """
     runners.fetch_ready_async_reqs(tags="set_state", timeout_seconds=None)
     ids = runners.healthy_worker_ids()[: max(needed, 1)]

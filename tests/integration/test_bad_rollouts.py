@@ -305,6 +305,8 @@ def test_a_runner_that_dies_loses_no_group(adder_model):
     config = build(adder_model, Adder).env_runners(num_env_runners=2)
     algorithm = config.build_algo()
     algorithm.train()
+    # Once its weights are there nothing is under way, so that it is found dead with groups.
+    algorithm.env_runner_group.fetch_ready_async_reqs(tags="set_state", timeout_seconds=None)
     pids = algorithm.env_runner_group.foreach_env_runner(
         lambda runner: os.getpid(), local_env_runner=False
     )
