@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -107,3 +110,35 @@ def test_a_report_leaves_nothing_half_made(disk, tmp_path, capsys):
     assert main(["report", str(tmp_path / "run"), "--out", str(out)]) == 2
     assert "cannot be written: [Errno 28] No space left" in capsys.readouterr().err
     assert [path.name for path in disk.path.iterdir()] == ["filler"]
+
+
+STORE = """
+import numpy as np, ray
+from rllib_gtpo.command.failures import guarded
+
+def fill():
+    ray.init(num_cpus=1, object_store_memory=80 << 20, include_dashboard=False)
+    kept = [ray.put(np.zeros(40 << 20, np.uint8)) for _ in range(6)]
+    return 0
+
+print("code", guarded(fill), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_full_object_store_without_room_to_spill_is_told_with_what_helps():
+    ended = subprocess.run(
+        [sys.executable, "-c", STORE],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={
+            **os.environ,
+            "RAY_ADDRESS": "",
+            "RAY_local_fs_capacity_threshold": "0.0001",  # as if the disk were full
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+    )
+    assert "code 1" in ended.stdout
+    assert "Ray's object store is full, and so is the disk" in ended.stderr
+    assert "Traceback" not in ended.stderr

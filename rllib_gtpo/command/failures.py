@@ -56,10 +56,13 @@ def is_bad_input(error: BaseException) -> bool:
 def tell(error: BaseException, kind: str, debug: bool = False) -> None:
     """Prints what happened; with the traceback, if nobody has written a message for it."""
     ours = _find(error)
-    if debug or (ours is None and _remedy(error) is None):
+    remedy = _remedy(error)
+    if debug or (ours is None and remedy is None):
         traceback.print_exception(error)
     text = str(ours or f"{type(error).__name__}: {error}")
-    print(f"{kind}: {text}{_remedy(error) or ''}", file=sys.stderr)
+    if remedy is not None:
+        text = text.rstrip(".") + remedy
+    print(f"{kind}: {text}", file=sys.stderr)
 
 
 def _remedy(error: BaseException) -> str | None:

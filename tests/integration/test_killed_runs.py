@@ -74,6 +74,9 @@ class Fork:
         self._process.start()
         self.pid = self._process.pid
 
+    def running(self):
+        return self._process.is_alive()
+
     def wait(self):
         self._process.join(120)
         return self._process.exitcode
