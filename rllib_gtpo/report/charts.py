@@ -10,7 +10,7 @@ COLOURS = (
     *("#1f6f8b", "#c45a1c", "#3f8f4f", "#8a4fbf", "#b8860b", "#c2407a", "#4a6fd4", "#6b7a2a"),
     *("#8c564b", "#5d6b75"),
 )
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 680, 300, 58, 34, 12, 14
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 680, 300, 58, 34, 12, 28
 _SMALL = (330, 220)
 _TICKS = 5
 
@@ -61,7 +61,7 @@ class Axes:
         floor = self.height - _BOTTOM
         for value, name in marks.items():
             x = self.x(10**value if self._log and names is None else value)
-            shown = show(10**value) if self._log and names is None else name
+            shown = f"{10**value:.1e}" if self._log and names is None else name
             parts.append(_text(x, floor + 15, shown, "middle"))
         parts.append(_text((self.width + _LEFT) / 2, self.height - 4, label, "middle"))
         return (
