@@ -129,6 +129,7 @@ def test_of_an_algorithm_of_rllib(folder, capsys, setting, line, message):
         ("env: rllib_gtpo_envs.Calculator", "env: 3", 3, "`env` must be a name, not 3"),
         ("  config:", "  num_samples: two\n  config:", 4, "num_samples must be a whole number"),
         ("  config:", "  checkpoint_freq: -1\n  config:", 4, "checkpoint_freq must be a whole"),
+        ("  config:", "  checkpoint_minutes: soon\n  config:", 4, "checkpoint_minutes must be a"),
         ("  config:", "  stop: {accuracy: high}\n  config:", 4, "must be a number, not 'high'"),
         ("  config:", "  stop:\n    a: 1\n    b: x\n  config:", 6, "must be a number, not 'x'"),
     ],

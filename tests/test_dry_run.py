@@ -70,6 +70,7 @@ def test_each_value_has_its_source(folder, capsys):
         "--override=group_size=4",
         "--stop=evaluation/accuracy=0.9",
         "--checkpoint-freq=2",
+        "--checkpoint-minutes=1.5",
     )
     assert rows == {
         "run: GTPO": "task.yaml:2",
@@ -77,6 +78,7 @@ def test_each_value_has_its_source(folder, capsys):
         "training_iteration: 25": "task.yaml:4",
         "evaluation/accuracy: 0.9": "--stop evaluation/accuracy=0.9",
         "checkpoint_freq: 2": "--checkpoint-freq 2",
+        "checkpoint_minutes: 1.5": "--checkpoint-minutes 1.5",
         "steps: 30": "task.yaml:7",
         "batch_size: 8": "--override cold_start.batch_size=8",
         "lr: 0.0002": "task.yaml:8",
@@ -88,12 +90,13 @@ def test_each_value_has_its_source(folder, capsys):
 
 
 def test_what_it_prints_is_an_experiment_again(folder, capsys):
-    dry(capsys, "file", "task.yaml", "--override=top_p=0.5")
+    dry(capsys, "file", "task.yaml", "--override=top_p=0.5", "--checkpoint-minutes=3")
     tree = dry.tree
     (folder / "printed.yaml").write_text(dry.page)
     rows = dry(capsys, "file", "printed.yaml")
     assert dry.tree == tree
     assert rows["top_p: 0.5"].startswith("printed.yaml:")
+    assert rows["checkpoint_minutes: 3.0"].startswith("printed.yaml:")
 
 
 def test_all_shows_defaults_and_whose_they_are(folder, capsys):

@@ -90,18 +90,14 @@ def _frame(resolved: Resolved, options: RunOptions) -> Iterator[_Leaf]:
         yield leaf(value, *path)
     if experiment.num_samples != 1:
         yield leaf(experiment.num_samples, "num_samples")
-    frequency = checkpoint_frequency(options.checkpoint_freq, experiment.checkpoint_freq)
-    place = "default"
-    if options.checkpoint_freq is not None:
-        place = f"--checkpoint-freq {frequency}"
-    elif experiment.checkpoint_freq is not None:
-        place = leaf(frequency, "checkpoint_freq").place
-    yield _Leaf(("checkpoint_freq",), frequency, place)
-    if options.checkpoint_minutes is not None:
-        minutes = options.checkpoint_minutes
-        yield _Leaf(("checkpoint_minutes",), minutes, f"--checkpoint-minutes {minutes:g}")
-    elif experiment.checkpoint_minutes is not None:
-        yield leaf(experiment.checkpoint_minutes, "checkpoint_minutes")
+    for key in ("checkpoint_freq", "checkpoint_minutes"):
+        option, of_file = getattr(options, key), getattr(experiment, key)
+        if option is not None:
+            yield _Leaf((key,), option, f"--{key.replace('_', '-')} {option:g}")
+        elif of_file is not None:
+            yield leaf(of_file, key)
+        elif key == "checkpoint_freq":
+            yield _Leaf((key,), checkpoint_frequency(None, None), "default")
 
 
 def _settings(experiment: Experiment) -> Iterator[_Leaf]:
