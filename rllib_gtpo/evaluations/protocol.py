@@ -112,7 +112,10 @@ def recorded_settings(settings: Any, protocol: Protocol) -> dict[str, Any]:
 
 def _class_named(env: Any) -> Any:
     """The class of "MODULE.CLASS", to which RLlib would give env_config as keywords."""
-    if not isinstance(env, str) or "." not in env or ":" in env:
+    from ray.tune.registry import ENV_CREATOR, _global_registry
+
+    registered = isinstance(env, str) and _global_registry.contains(ENV_CREATOR, env)
+    if not isinstance(env, str) or registered or "." not in env or ":" in env:
         return env
     module, _, name = env.rpartition(".")
     return getattr(importlib.import_module(module), name)
