@@ -16,14 +16,14 @@ from ray.rllib.algorithms.ppo import PPO, PPOConfig
 class Task(PPO):
     def training_step(self):
         super().training_step()
-        mark = os.path.join(self.config.env_config["folder"], "failed")
+        mark = os.path.join({folder!r}, "failed")
         if self.iteration == 2 and self.config.lr == 1e-4 and not os.path.exists(mark):
             open(mark, "w").close()
             raise RuntimeError("the learner is lost")
 
 config = (
     PPOConfig(algo_class=Task)
-    .environment("CartPole-v1", env_config={{"folder": {folder!r}}})
+    .environment("CartPole-v1")
     .env_runners(num_env_runners=0)
     .training(
         lr=tune.grid_search([1e-3, 1e-4]),
