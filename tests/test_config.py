@@ -158,8 +158,11 @@ class TestDicts:
 
 
 def test_every_tuned_example_is_valid():
+    """A sweep's with each of its combinations."""
     import importlib.util
     from pathlib import Path
+
+    from rllib_gtpo.command.tuning import varied_variants
 
     folder = Path(__file__).parents[1] / "tuned_examples"
     files = sorted(folder.glob("*.py"))
@@ -172,7 +175,8 @@ def test_every_tuned_example_is_valid():
             with pytest.raises(ConfigError, match="not installed"):
                 module.config.validate()
         else:
-            module.config.validate()
+            for _, settings in varied_variants(module.config, 16):
+                module.config.copy(copy_frozen=False).update_from_dict(settings).validate()
         assert module.stop
         assert "Results to expect" in module.__doc__
 
