@@ -208,7 +208,7 @@ class TestConnections:
     def test_a_call_that_ends_the_server_is_not_repeated(self, env):
         pid = say(env, "pid").content
         result = say(env, "crash")
-        assert result.error is ToolError.RAISED
+        assert result.error is ToolError.CRASHED
         assert (
             result.content
             == "Error: the tool's server stopped during the call; it was started anew"
