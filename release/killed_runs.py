@@ -155,7 +155,10 @@ def kill_and_resume(
             life.wait_for(FREQUENCY - done % FREQUENCY)
             time.sleep(draw.uniform(0.0, 0.3 * each))
         else:
-            time.sleep(draw.uniform(0.0, startup + (2 * each if spare else 0.0)))
+            end = time.monotonic() + draw.uniform(0.0, startup + (2 * each if spare else 0.0))
+            most = 2 * FREQUENCY if spare else 1  # a resumed run has no cold start
+            while time.monotonic() < end and len(life.seen()) < most:
+                time.sleep(0.005)
         os.kill(life.process.pid, signal.SIGKILL)
         code = life.process.wait()
         assert code == -signal.SIGKILL, (code, life.text)
