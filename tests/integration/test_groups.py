@@ -227,12 +227,12 @@ def test_the_names_of_metrics_never_change(resampling):
     names = [set(numbers(result)) for result in results]
     assert names[0] == names[1] == names[2]
     for name in (
-        "/group/signal_frac_unshaped",
-        "/advantage/by_turn/7",
-        "/advantage/by_turn/rest",
-        "/advantage/turns_corr",
-        "/shaping/variance",
-        "/overlong/masked_tokens_frac",
+        "group/signal_frac_unshaped",
+        "advantage/by_turn/7",
+        "advantage/by_turn/rest",
+        "advantage/turns_corr",
+        "shaping/variance",
+        "overlong/masked_tokens_frac",
     ):
         assert name in names[0]
     assert 0 < results[0]["time"]["credit_s"] < results[0]["time"]["update_s"]
@@ -248,8 +248,8 @@ def test_resampling_goes_on_where_it_stopped(adder_model, tmp_path):
     after = run(make(), 1, restore=path)
     assert before[0] + after[0] == whole[0]
     assert before[1] + after[1] == whole[1]
-    assert any(result["/group/resampled"] for result in whole[1])
-    assert any(result["/group/budget_exhausted"] for result in whole[1])
+    assert any(result["group/resampled"] for result in whole[1])
+    assert any(result["group/budget_exhausted"] for result in whole[1])
 
 
 @pytest.fixture(scope="module")
