@@ -307,6 +307,9 @@ class Pool:
         assert cell.socket is not None
         job.nonce = int.from_bytes(os.urandom(8), "little")
         cell.job = job
+        if cell.pid:  # before the job is sent: on a busy machine it may be far when this is read
+            threads = "task/*/" if cell.ran and has_threads(cell.pid) else ""
+            job.cpu, job.queued = cpu_time(cell.pid), queued_time(cell.pid, threads)
         message = job.nonce.to_bytes(8, "little")
         try:
             if len(job.code) <= INLINE:
@@ -332,9 +335,6 @@ class Pool:
         if job is None or not cell.pid:
             return
         job.started = time.monotonic()
-        if cell.session is not None:
-            threads = "task/*/" if cell.ran and has_threads(cell.pid) else ""
-            job.cpu, job.queued = cpu_time(cell.pid), queued_time(cell.pid, threads)
         self._check_after(self.limits.cpu_seconds / CORES, cell)
 
     def _check_after(self, seconds: float, cell: Cell) -> None:

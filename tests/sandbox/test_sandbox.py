@@ -23,6 +23,7 @@ from rllib_gtpo.sandbox.backend import SandboxBackend, SessionBackend
 from rllib_gtpo.sandbox.child import INLINE
 from rllib_gtpo.sandbox.guarantees import NAMES
 from rllib_gtpo.sandbox.output import Output, clip
+from rllib_gtpo.sandbox.pool import Pool
 from rllib_gtpo.sandbox.sweep import sweep
 from rllib_gtpo.sandbox.zygote import Zygote
 
@@ -445,6 +446,20 @@ def test_no_timeout_on_a_loaded_machine():
     assert [r for r in results if r.status is not Status.OK] == [] and restarts == 0
     assert min(r.cpu_seconds for r in results) > 0.9
     assert max(r.wall_seconds for r in results) > 12  # the wall limit, had it counted the queue
+
+
+def test_time_counts_that_passes_before_the_host_knows_the_process(monkeypatch):
+    """The host may be the last to have a core on a loaded machine."""
+    tell = Pool._on_event
+
+    def late(pool, op, *told):
+        time.sleep(0.3 if op == b"P" else 0.0)
+        tell(pool, op, *told)
+
+    monkeypatch.setattr(Pool, "_on_event", late)
+    with PythonSandbox(LIMITS) as sandbox:
+        result = sandbox.session().run("import time\nwhile time.process_time() < 0.25: pass")
+    assert result.status is Status.OK and result.cpu_seconds > 0.2
 
 
 def test_no_timeout_of_what_wants_to_run(monkeypatch):
