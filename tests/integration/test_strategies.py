@@ -116,6 +116,21 @@ def test_weights_that_are_written_stay_written(adder_model, uneven, strategy):
     group.shutdown()
 
 
+@LEARNERS
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s.id in ("zero2", "zero3")])
+def test_buckets_are_no_larger_than_the_model(adder_model, strategy):
+    """DeepSpeed's own are 2 GB, and touched at every step."""
+
+    def sizes(learner):
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in learner._unwrapped.parameters())
+        return learner._strategy._zero.reduce_bucket_size, parameters
+
+    group = make_group(adder_model, "sgd", 2, **strategy)
+    found = [result.get() for result in group.foreach_learner(sizes).result_or_errors]
+    group.shutdown()
+    assert all(bucket == parameters > 1000 for bucket, parameters in found)
+
+
 @pytest.mark.parametrize(
     ("learners", "strategy", "message"),
     [
