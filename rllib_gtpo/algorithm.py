@@ -52,11 +52,11 @@ from rllib_gtpo.record.location import Location
 from rllib_gtpo.record.recorder import Recorder
 from rllib_gtpo.sampling import Sampled, Step, choose_jobs, sample_groups, sample_step
 from rllib_gtpo.strategies.checkpoint import read_shards, write_shards
+from rllib_gtpo.summary import summary_line
 from rllib_gtpo.supervision import Supervised, call_learners, supervise
 from rllib_gtpo.text_env import as_tool_env
 
 _STATE = "gtpo"
-_PHASES = ("rollout", "update", "sync")
 _LEARNER_METRICS = (
     *("loss", "policy", "mismatch", "clip", "ratio", "grad"),
     *("group", "advantage", "shaping", "overlong", "time", "packing", "lr"),
@@ -528,25 +528,7 @@ class GTPO(Algorithm):
             return None
         return made.accuracy_before, made.accuracy_after
 
-    @staticmethod
-    def summary_line(result: dict[str, Any]) -> str:
-        """One line an iteration."""
-        rewards = " ".join(f"{k} {v:+.3f}" for k, v in result.get("reward", {}).items())
-        times = " ".join(f"{k} {result['time'][f'{k}_s']:.1f}s" for k in _PHASES)
-        line = (
-            f"iter {result['training_iteration']:3d}  acc {result['accuracy']:.3f}  reward: "
-            f"{rewards}  "
-            f"turns {result['turn']['per_trajectory']:.2f}  tool err "
-            f"{result['tool']['error_rate']:.3f} "
-            f"invalid {result['tool']['invalid_rate']:.3f}  no-signal "
-            f"{result['group']['zero_std_frac']:.2f}  "
-            f"kl {result['mismatch']['kl']:.1e}  ent {result['policy']['entropy']:.3f}  "
-            f"{result['tokens']['per_s']:.0f} tok/s  {times}"
-        )
-        evaluation = result.get("evaluation", {})
-        return line + (
-            f"  held-out {evaluation['accuracy']:.3f}" if "accuracy" in evaluation else ""
-        )
+    summary_line = staticmethod(summary_line)
 
     # State.
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
-from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, EVALUATION_RESULTS
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
@@ -22,7 +20,7 @@ from rllib_gtpo.checks import evaluation_splits
 from rllib_gtpo.episodes import groups_of
 from rllib_gtpo.errors import ConfigError, DataError, Interrupted
 from rllib_gtpo.group_rollout import GroupJob
-from rllib_gtpo.metrics import nested, rollout_metrics
+from rllib_gtpo.metrics import rollout_metrics
 from rllib_gtpo.progress import Progress, RolloutProgress
 from rllib_gtpo.sampling import Sampled, refuse_broken_environment, sample_groups
 from rllib_gtpo.text_env import as_tool_env
@@ -97,29 +95,6 @@ def sample_while_training(
         raise
     finally:
         executor.shutdown(wait=False)  # an error or Ctrl-C is not to wait for rollouts
-
-
-def evaluate_checkpoint(
-    config: AlgorithmConfig, checkpoint: str | Path, **evaluation: Any
-) -> dict[str, Any]:
-    """The metrics of a run's checkpoint, without training.
-
-    Args:
-        config: The run's, as its file has it, with the overrides that it was given.
-        checkpoint: A checkpoint of the run directory.
-        **evaluation: What to evaluate on, as in `GTPOConfig.evaluation`: split, samples_per_task,
-            temperature, evaluation_duration, ...
-    """
-    path = Path(checkpoint).resolve()
-    if not path.is_dir():
-        raise ConfigError(f"{checkpoint}: no such checkpoint.")
-    settings: Any = config.copy(copy_frozen=False)
-    algorithm = settings.evaluation(**{"evaluation_interval": 1, **evaluation}).build_algo()
-    try:
-        algorithm.restore_from_path(str(path))
-        return nested(algorithm.evaluate())
-    finally:
-        algorithm.stop()
 
 
 def _sample(

@@ -26,9 +26,7 @@ lower `engine_config.cache_tokens`, or leave out the evaluation's runner:
     rllib train file tuned_examples/gtpo_qwen2_5_0_5b_gsm8k.py --override estimator=grpo_sum
 
     # All 1,319 test problems, 8 rollouts each: avg@8, pass@8, maj@8 with 95% intervals.
-    from rllib_gtpo.evaluation import evaluate_checkpoint
-    evaluate_checkpoint(config, "runs/NAME/checkpoint_000100", samples_per_task=8,
-                        evaluation_duration=8 * 1319)
+    rllib evaluate runs/NAME --split test --samples-per-task 8
 
 Results to expect: not measured yet.  Before it learns anything, `tool/invalid_rate` should be well
 below a half; if it is not, cold start it on demonstrations (cold_start.data, `rllib convert`).

@@ -4,16 +4,19 @@
     python release/rollouts/vs_trl.py --full        # 40 iterations instead of 20
     python release/rollouts/vs_trl.py --json FILE --plot FILE --markdown docs/speed.md
 
-Both start from one cold-started directory and train in this process with its threads: after each
-iteration of TRL comes one of ours, so that whatever else the machine does meets both.  Each sees
-the same 16 tasks in the same order, samples 8 completions of each at temperature 1 with the same
-limits (24 tokens a turn, 192 of turns and tool output together, turns), runs the same
-sandboxed tool, has the same reward, and makes one AdamW step with the same learning rate, clipping
-and loss (a mean over tokens).  For TRL that is its native tool loop over an environment with its
-interface around the same calculator, and of its options those that are fastest on processors.
+Both start from one cold-started directory and have the same two cores: after each iteration of TRL
+comes one of ours, so that whatever else the machine does meets both.  Each sees the same 16 tasks
+in the same order, samples 8 completions of each at temperature 1 with the same limits (24 tokens a
+turn, 192 of turns and tool output together, turns), runs the same sandboxed tool, has the same
+reward, and makes one AdamW step with the same learning rate, clipping and loss (a mean over
+tokens).  For TRL that is its native tool loop over an environment with its interface around the
+same calculator, and of its options those that are fastest on processors; it uses both cores by the
+threads of its process.  We use them by two environment runners, each of which samples half of the
+groups (`--runners 0`: in this process, as TRL does).
 
-`positions` are what goes through the model, padding included: in rollouts, and in the update.
-`cpu_s` is the processor time of this process, the sandbox left out; `cpu_ratio` is ours by TRL's.
+`forwards` and `positions` are of all runners; positions are what goes through the model, padding
+included: in rollouts, and in the update.  `cpu_s` is the processor time of this process and of the
+runners, the sandbox left out; `cpu_ratio` is ours by TRL's.
 
 What differs: credit (ours each turn's, TRL's the trajectory's; `--ours grpo` for the same), random
 numbers, and that an unclosed call is answered with an error here and run there, which fails.  TRL's
@@ -156,10 +159,11 @@ class Clock:
 class Ours:
     """The algorithm, an iteration at a time."""
 
-    def __init__(self, model: Path, longest_prompt: int, estimator: str) -> None:
+    def __init__(self, model: Path, longest_prompt: int, estimator: str, runners: int) -> None:
         config = (GRPOConfig() if estimator == "grpo" else GTPOConfig()).environment(Calculator)
         config.language_model(model=str(model), call_format="fenced")
         config.rollouts(max_turn_tokens=TURN_TOKENS, max_tokens=longest_prompt + COMPLETION_TOKENS)
+        config.env_runners(num_env_runners=runners)
         config.training(
             lr=LR, group_size=MEMBERS, groups_per_step=PROMPTS, clip_low=0.2, clip_high=0.2
         )
@@ -169,12 +173,11 @@ class Ours:
 
     def step(self) -> None:
         """One iteration; its seconds, parts, accuracy, and what went through the model."""
-        engine = self.algorithm.env_runner.engine
-        engine.reset_stats()
-        began, cpu = time.perf_counter(), time.process_time()
+        self._each_runner(lambda runner: runner.engine.reset_stats())
+        began, cpu = time.perf_counter(), self._cpu_seconds()
         result = self.algorithm.train()
-        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        stats = engine.stats
+        seconds, cpu = time.perf_counter() - began, self._cpu_seconds() - cpu
+        stats = self._each_runner(lambda runner: runner.engine.stats)
         learner = result["learners"][DEFAULT_MODULE_ID]
         self.rows.append(
             {
@@ -182,9 +185,9 @@ class Ours:
                 "cpu": cpu,
                 "rollout": result["time"]["rollout_s"],
                 "accuracy": result["accuracy"],
-                "sampled": float(stats.tokens),
-                "forwards": float(stats.forwards),
-                "positions": float(stats.rows + stats.prefill_computed),
+                "sampled": float(sum(s.tokens for s in stats)),
+                "forwards": float(sum(s.forwards for s in stats)),
+                "positions": float(sum(s.rows + s.prefill_computed for s in stats)),
                 "trained_positions": float(learner["computed_tokens"]),
             }
         )
@@ -193,6 +196,15 @@ class Ours:
     def model(self) -> Any:
         """The trained model."""
         return self.algorithm.env_runner.module.model
+
+    def _each_runner(self, call: Callable[[Any], Any]) -> list[Any]:
+        """Of every runner, with that of this process, which samples only if there is no other."""
+        answers: list[Any] = self.algorithm.env_runner_group.foreach_env_runner(call)
+        return answers
+
+    def _cpu_seconds(self) -> float:
+        """Of this process and those of the runners, until now."""
+        return sum(self._each_runner(lambda runner: time.process_time()))
 
 
 class Counter:
@@ -422,11 +434,13 @@ def figures(side: str, rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     }
 
 
-def compare(model: Path, iterations: int, estimator: str, scratch: Path) -> list[dict[str, Any]]:
+def compare(
+    model: Path, iterations: int, estimator: str, runners: int, scratch: Path
+) -> list[dict[str, Any]]:
     """Trains both, in turns; a row for each, and one of ratios."""
     tasks = Tasks(model)
     started_at = tasks.held_out_accuracy(load_model(model))
-    ours = Ours(model, tasks.longest_prompt, estimator)
+    ours = Ours(model, tasks.longest_prompt, estimator, runners)
     theirs = Theirs(
         model, tasks.first(iterations * PROMPTS), iterations, tasks.turns, scratch, ours.step
     )
@@ -500,6 +514,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="40 iterations instead of 20")
     parser.add_argument("--iterations", type=int, help="instead of 20")
     parser.add_argument("--ours", choices=("gtpo", "grpo"), default="gtpo", help="our estimator")
+    parser.add_argument("--runners", type=int, default=2, help="our environment runners (2)")
     parser.add_argument("--model", type=Path, metavar="DIR", help="a cold-started model")
     parser.add_argument("--cold-start", type=int, default=600, metavar="STEPS")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -516,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (model / "config.json").exists():
             save_cold_started(model, args.cold_start)
         iterations = args.iterations or (40 if args.full else 20)
-        for row in compare(model, iterations, args.ours, Path(scratch)):
+        for row in compare(model, iterations, args.ours, args.runners, Path(scratch)):
             report.add(row)
     ray.shutdown()
     if args.plot:

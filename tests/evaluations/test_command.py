@@ -81,11 +81,14 @@ def test_a_run_by_its_directory_alone(run, capsys):
 
 def test_the_numbers_are_those_of_an_evaluation_during_training(run, capsys):
     from rllib_gtpo.command.checkpoint import load_config
-    from rllib_gtpo.evaluation import evaluate_checkpoint
 
     checkpoint = run / "checkpoint_000001"
     [found] = evaluated(capsys, checkpoint, "--tasks", 4)["evaluations"]
-    expected = evaluate_checkpoint(load_config(checkpoint), checkpoint)
+    config = load_config(checkpoint).copy(copy_frozen=False)
+    algorithm = config.evaluation(evaluation_interval=1).build_algo()
+    algorithm.restore_from_path(str(checkpoint))
+    expected = algorithm.evaluate()
+    algorithm.stop()
     for name in ("tasks", "avg@4", "maj@4", "pass@2"):
         assert found["numbers"]["validation"][name] == pytest.approx(expected[name])
 

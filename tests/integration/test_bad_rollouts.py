@@ -295,7 +295,9 @@ def test_a_step_without_any_signal_changes_nothing(adder_model):
     before = algorithm.get_module().get_state()
     result = algorithm.train()
     assert result["group"]["dropped_frac"] == result["group"]["zero_std_frac"] == 1.0
-    assert "no-signal 1.00" in algorithm.summary_line(result)
+    line, remedy = algorithm.summary_line(result).split("\n")
+    assert "no-signal 1.00" in line
+    assert "nothing to learn from, every rollout failed: try a cold_start" in remedy
     after = algorithm.get_module().get_state()
     assert all((before[name] == after[name]).all() for name in before)
     algorithm.stop()

@@ -8,7 +8,6 @@ import pytest
 
 from rllib_gtpo import GTPOConfig
 from rllib_gtpo.errors import ConfigError, DataError
-from rllib_gtpo.evaluation import evaluate_checkpoint
 from rllib_gtpo.metrics import nested
 from tests.tasks import Adder
 
@@ -107,22 +106,6 @@ def test_results_of_training_have_them(config):
     splits = result["evaluation"]["split"]
     assert set(splits) == {"validation", "hard"}
     assert splits["hard"]["maj@4"] == 0 and splits["validation"]["avg@4"] > 0
-
-
-def test_a_checkpoint_is_evaluated_on_what_one_asks_for(config, tmp_path):
-    algorithm = config("validation").build_algo()
-    algorithm.train()
-    expected = own(algorithm.evaluate())
-    algorithm.save_to_path(str(tmp_path / "checkpoint"))
-    algorithm.stop()
-    settings = config("test", samples_per_task=1)
-    got = evaluate_checkpoint(
-        settings, tmp_path / "checkpoint", split=["validation", "hard"], samples_per_task=4
-    )
-    assert got["split"]["validation"] == expected
-    assert settings.evaluation_split == "test"
-    with pytest.raises(ConfigError, match="no such checkpoint"):
-        evaluate_checkpoint(settings, tmp_path / "none")
 
 
 @pytest.mark.parametrize("split", [[], ["test", "test"], ["test", 3], 5])

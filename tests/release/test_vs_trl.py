@@ -85,7 +85,7 @@ def test_both_train(ray_session, tmp_path, monkeypatch):
     model = tmp_path / "model"
     load_model(dict(TINY_QWEN2)).save_pretrained(model)
     build_tokenizer().save_pretrained(model)
-    ours, theirs, ratio = vs_trl.compare(model, vs_trl.WARM_UP + 1, "gtpo", tmp_path)
+    ours, theirs, ratio = vs_trl.compare(model, vs_trl.WARM_UP + 1, "gtpo", 2, tmp_path)
     for row in (ours, theirs):
         assert len(row["curve"]) == len(row["each_s"]) == vs_trl.WARM_UP + 1
         assert 4 <= row["sampled"] < row["positions"]
