@@ -21,7 +21,7 @@ runners, the sandbox left out; `cpu_ratio` is ours by TRL's.
 What differs: credit (ours each turn's, TRL's the trajectory's; `--ours grpo` for the same), random
 numbers, and that an unclosed call is answered with an error here and run there, which fails.  TRL's
 other ways to generate without a server, transformers' continuous batching and smaller batches of
-the update, are slower on processors.
+the update, are slower on processors; two data-parallel processes of it are 7% faster than one.
 """
 
 from __future__ import annotations
