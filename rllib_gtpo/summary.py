@@ -30,7 +30,7 @@ def _remedy(group: dict[str, float]) -> str:
     """What to do if no group has a signal."""
     if group["zero_std_frac"] < 1:
         return ""
-    why = "every group has equal returns: see docs/debugging.md"
+    why = "every advantage is 0: see docs/debugging.md"
     if group["failed_frac"] == 1:
         why = "every rollout failed: try a cold_start, easier tasks or a larger group_size"
     elif group["solved_frac"] == 1:

@@ -35,7 +35,7 @@ def test_one_line_while_there_is_something_to_learn():
     [
         ({"failed_frac": 1.0}, "every rollout failed: try a cold_start"),
         ({"solved_frac": 1.0}, "every rollout is right: try harder tasks"),
-        ({"failed_frac": 0.5, "solved_frac": 0.5}, "every group has equal returns"),
+        ({"failed_frac": 0.5, "solved_frac": 0.5}, "every advantage is 0"),
     ],
 )
 def test_what_to_do_when_nothing_has_a_signal(group, remedy):

@@ -92,6 +92,11 @@ class Batch:
         self._queue: deque[Call] = deque()
         self._active: list[Call] = []  # index = row of the cache
 
+    @property
+    def full(self) -> bool:
+        """Whether the calls that are here need every row."""
+        return len(self.calls) >= self.max_batch
+
     def submit(self, call: Call) -> None:
         """Queues a call for the next step."""
         self.calls[call.name] = call

@@ -165,7 +165,7 @@ class HFEngine:
 
     async def _settle(self, patience: float) -> None:
         """Gives way to the loop, as long as trajectories that have just got their completion may
-        come back at once, and then for `patience` seconds at the most.
+        come back at once, and then for `patience` seconds at the most, unless others fill the step.
 
         Without this, one whose tool takes no time misses the steps that its few turns of the loop
         take; and one whose tool takes little has its prefill in a forward of its own, while the
@@ -175,6 +175,8 @@ class HFEngine:
             await asyncio.sleep(0)
             if not self._batch.returning:
                 return
+        if self._batch.full:
+            return
         self._all_back = asyncio.Event()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._all_back.wait(), patience)

@@ -389,22 +389,41 @@ def test_a_tool_that_takes_little_of_a_step_misses_none(slow_steps: HFEngine) ->
     assert slow_steps.stats.steps == 3
 
 
-def test_a_slow_tool_holds_up_nobody(slow_steps: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trajectory that stays away is waited for once, for a part of a step."""
-    patience = []
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long the engine was ready to wait, each time that it did."""
+    waits = []
     wait_for = asyncio.wait_for
 
     async def counted(future: Coroutine[Any, Any, Any], timeout: float) -> Any:
-        patience.append(timeout)
+        waits.append(timeout)
         return await wait_for(future, timeout)
 
     monkeypatch.setattr(asyncio, "wait_for", counted)
+    return waits
+
+
+def test_a_slow_tool_holds_up_nobody(slow_steps: HFEngine, waits: list[float]) -> None:
+    """A trajectory that stays away is waited for once, for a part of a step."""
     run(
         slow_steps.generate(request("gone", words(1, 5), 1)),
         slow_steps.generate(request("stays", words(2, 5), 5)),
     )
     assert slow_steps.stats.steps == 5
-    assert len(patience) == 1 and patience[0] >= 0.15 * 0.2
+    assert len(waits) == 1 and waits[0] >= 0.15 * 0.2
+
+
+def test_nobody_is_waited_for_while_others_fill_the_step(
+    model: PreTrainedModel, waits: list[float]
+) -> None:
+    engine = HFEngine(model, max_context=256, max_batch=2)
+    run(
+        engine.generate(request("gone", words(1, 5), 1)),
+        engine.generate(request("stays", words(2, 5), 6)),
+        engine.generate(request("queued", words(3, 5), 5)),
+    )
+    assert engine.stats.steps == 6
+    assert waits == []
 
 
 def test_turns_reuse_the_cache(model: PreTrainedModel, engine: HFEngine) -> None:
