@@ -8,12 +8,16 @@ the median over pairs of equal iterations, with the noise of the machine.  `tens
 what writing the events of those iterations takes, of all threads, when it is done again by itself:
 metrics, and histograms, transcripts and the other estimators from the whole record.
 
+What there is before the first timed iteration is taken from the garbage collector: one look at all
+of it takes as long as recording 15 iterations, and falls on whichever code allocates just then.
+
     python release/record_cost.py --json release/results/record_cost.json
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import tempfile
 import time
@@ -114,6 +118,8 @@ def main(argv: list[str] | None = None) -> int:
             algorithm.train()  # what is loaded once is not a cost of iterations
         recording._recorder.flush()
         recording._recorder.seconds = 0.0
+        gc.collect()
+        gc.freeze()
         with_it, without, results = [], [], []
         for number in range(args.iterations):
             pair = [(recording, with_it), (silent, without)]
@@ -122,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
                 times.append(seconds)
                 if algorithm is recording:
                     results.append(result)
+        gc.unfreeze()
         for algorithm in (recording, silent):
             algorithm.stop()
         if not ray_was_there:
